@@ -1,0 +1,29 @@
+// Package matrix is the vocabulary of Matrix federation that the rest of the bus
+// speaks: names, keys, signatures, the form of messages, and what is known of
+// each endpoint.
+//
+// It is pure. There is no clock, no I/O, no goroutine and no state: time is an
+// argument, bytes come in and go out, and every function may be called from
+// anywhere at once. It imports nothing but the standard library, and of that no
+// network, file or logging package. Whatever reads bytes from outside is bounded
+// in time and memory by a constant or by the size of its input, and is fuzzed.
+//
+// The parts:
+//
+//	names.go          ServerName and its grammar
+//	requesttarget.go  the request target with which Synapse asks for a server
+//	endpoints.go      Endpoint, the table of all endpoints, Match
+//	sendclass.go      the class of a transaction, by its content
+//	class.go          Class, the priority classes
+//	outcome.go        Failure, how an attempt at a remote can fail
+//	errors.go         error codes and error bodies
+//	retryafter.go     how long a server that is busy asks to be left alone
+//	wellknown.go      delegation: the document, and how long it is good for
+//	canonical.go      canonical JSON
+//	keys.go           signing keys, signed JSON objects
+//	xmatrix.go        signed requests
+//
+// Comments cite the specification by document and section, in version 1.18
+// unless they name another: "S2S" is the server-server API, "appendices" are
+// its appendices. Where they cite Synapse, they name the file below synapse/.
+package matrix
