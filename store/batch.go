@@ -1,0 +1,59 @@
+package store
+
+import (
+	"fmt"
+
+	"fsbus/bus/matrix"
+)
+
+// Batch is what one Submit stores: all of it or nothing. It belongs to the
+// store from Submit until its completion and must not be changed in between.
+// Fields take effect in the order in which they stand here. An empty batch is
+// a barrier: its completion says that everything submitted before is decided.
+type Batch struct {
+	// Hosts are written over what is stored of the same names. Of two with
+	// the same name the later one stays.
+	Hosts []Host
+	// Forget names hosts to delete. One that is not there is no error.
+	Forget []matrix.ServerName
+}
+
+// What a batch and a slice element cost besides their strings, rounded up for
+// 64-bit: a Batch with its place in the queue, a Host, a string header.
+const (
+	batchBytes = 96
+	hostBytes  = 96
+	nameBytes  = 16
+)
+
+// size is about how many bytes of memory b holds.
+func (b *Batch) size() int64 {
+	n := int64(batchBytes)
+	for i := range b.Hosts {
+		n += hostBytes + int64(len(b.Hosts[i].Name)) + int64(len(b.Hosts[i].Error))
+	}
+	for _, name := range b.Forget {
+		n += nameBytes + int64(len(name))
+	}
+	return n
+}
+
+// apply writes b inside the open transaction and returns how many rows changed.
+func (w *writer) apply(b *Batch) (int64, error) {
+	var rows int64
+	for i := range b.Hosts {
+		n, err := w.hosts.put(&b.Hosts[i])
+		if err != nil {
+			return 0, classify(fmt.Sprintf("write host %q", b.Hosts[i].Name), w.path, err)
+		}
+		rows += n
+	}
+	for _, name := range b.Forget {
+		n, err := w.hosts.delete(name)
+		if err != nil {
+			return 0, classify(fmt.Sprintf("forget host %q", name), w.path, err)
+		}
+		rows += n
+	}
+	return rows, nil
+}

@@ -1,0 +1,176 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+)
+
+// Defaults of Options.
+const (
+	DefaultCacheBytes = 2 << 20 // two thirds of a full host table
+	DefaultMaxGroup   = 1000    // rows per second hardly grow beyond, latency does (doc.go)
+	DefaultQueueLen   = 4096    // four full groups
+	DefaultQueueBytes = 4 << 20 // four of maxGroupBytes
+	DefaultMaxHosts   = 20000   // 3 MiB of file; the largest public rooms have 10,000 servers
+)
+
+// Op names what Options.Fault is asked about.
+type Op string
+
+// The operations at which a fault can be put, in the words that stand in the
+// errors.
+const (
+	OpOpen       Op = "open"       // SQLite opens the main file
+	OpBegin      Op = "begin"      // a group is about to be written
+	OpCommit     Op = "commit"     // it is written and about to be made durable
+	OpCheckpoint Op = "checkpoint" // Close is about to move the log into the main file
+)
+
+// Options configure a Store. A zero field, other than Path, has its default.
+type Options struct {
+	// Path is the main file. Its directory is created if need be, the
+	// directory above is not. SQLite adds files named Path-wal and Path-shm,
+	// the store Path.lock.
+	Path string
+	// CacheBytes bounds the writer's page cache, DefaultCacheBytes. It lies
+	// outside of Go's heap, and so outside of GOMEMLIMIT.
+	CacheBytes int64
+	// MaxGroup is how many batches share one transaction at most,
+	// DefaultMaxGroup.
+	MaxGroup int
+	// QueueLen and QueueBytes bound what waits for the writer besides the
+	// group that it is storing, DefaultQueueLen and DefaultQueueBytes.
+	QueueLen   int
+	QueueBytes int64
+	// MaxHosts bounds the rows of the host table, DefaultMaxHosts.
+	MaxHosts int
+	// Logger is told what no caller is waiting for; nil for nobody.
+	Logger *slog.Logger
+	// Fault is a seam for tests, nil in production. It is called right before
+	// each Op, on the goroutine that is about to do it, may block it, and an
+	// error that it returns takes the operation's place. For OpCommit that
+	// is a commit that failed.
+	Fault func(Op) error
+}
+
+// check validates o and fills in the defaults.
+func (o *Options) check() error {
+	if o.Path == "" {
+		return errors.New("store: no path")
+	}
+	path, err := filepath.Abs(o.Path)
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	o.Path = path
+	for _, n := range []struct {
+		name string
+		val  int64
+	}{
+		{"CacheBytes", o.CacheBytes}, {"MaxGroup", int64(o.MaxGroup)}, {"QueueLen", int64(o.QueueLen)},
+		{"QueueBytes", o.QueueBytes}, {"MaxHosts", int64(o.MaxHosts)},
+	} {
+		if n.val < 0 {
+			return fmt.Errorf("store: %s is %d", n.name, n.val)
+		}
+	}
+	fill(&o.CacheBytes, DefaultCacheBytes)
+	fill(&o.MaxGroup, DefaultMaxGroup)
+	fill(&o.QueueLen, DefaultQueueLen)
+	fill(&o.QueueBytes, DefaultQueueBytes)
+	fill(&o.MaxHosts, DefaultMaxHosts)
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Fault == nil {
+		o.Fault = func(Op) error { return nil }
+	}
+	return nil
+}
+
+func fill[T int | int64](field *T, def T) {
+	if *field == 0 {
+		*field = def
+	}
+}
+
+// Store is the open store. Its methods may be called from any goroutine.
+type Store struct {
+	opt      Options
+	lock     *os.File
+	queue    *queue
+	writer   *writer // of the writer's goroutine alone
+	counters counters
+
+	reader       sync.Mutex // held while there is a reader connection
+	readerClosed bool
+
+	stopped  chan struct{} // closed when the writer's goroutine has ended
+	closeErr error         // valid from then on
+}
+
+// Submit queues b for the writer and returns at once. If it returns nil, done
+// is called exactly once: with nil when b is durable (fsync), otherwise with
+// the error. If Submit returns an error (ErrClosed, ErrQueueFull, ErrTooLarge),
+// b was not taken and done is never called.
+//
+// Completions come in the order of the Submits, one after the other, from the
+// writer's goroutine, and whatever follows waits meanwhile: done must be quick.
+// It may call Submit but must not wait for the store, least of all in Close.
+func (s *Store) Submit(b *Batch, done func(error)) error {
+	if done == nil {
+		panic("store: Submit without a completion")
+	}
+	return s.queue.put(job{batch: b, size: b.size(), done: done})
+}
+
+// Close stores what is queued, moves the log into the main file, closes and
+// unlocks it. Submit refuses from the moment of the call. If ctx ends first,
+// what the writer has not begun completes with ErrClosed, Close returns
+// ctx's error without waiting any longer, and the rest of closing goes on in
+// the background. Another call waits in the same way and returns the same.
+//
+// An error of the checkpoint costs nothing but time at the next Open.
+func (s *Store) Close(ctx context.Context) error {
+	s.queue.close(false)
+	select {
+	case <-s.stopped:
+		return s.closeErr
+	case <-ctx.Done():
+		s.queue.close(true)
+		return fmt.Errorf("store: close: %w", ctx.Err())
+	}
+}
+
+// readerCache is the reader's page cache in KiB. It reads each page once.
+const readerCache = 256
+
+// read calls f with a connection for reading. It sees all that was completed
+// before the call and does not hold up the writer. The connection lives as
+// long as the call: it is needed at the start only, and an idle one would keep
+// its cache. op names the operation in errors.
+func (s *Store) read(ctx context.Context, op string, f func(*conn) error) error {
+	s.reader.Lock()
+	defer s.reader.Unlock()
+	if s.readerClosed {
+		return ErrClosed
+	}
+	c, err := openConn(s.opt.Path)
+	if err != nil {
+		return classify(op, s.opt.Path, err)
+	}
+	err = c.exec(ctx, fmt.Sprintf("PRAGMA busy_timeout = %d; PRAGMA cache_size = -%d; PRAGMA temp_store = MEMORY; "+
+		"PRAGMA query_only = ON", busyTimeout.Milliseconds(), readerCache))
+	if err == nil {
+		err = f(c)
+	}
+	if err = errors.Join(err, c.close()); err != nil {
+		return classify(op, s.opt.Path, err)
+	}
+	return nil
+}

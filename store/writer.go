@@ -1,0 +1,191 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// maxGroupBytes bounds what one SQLite transaction writes, so that its pages
+// fit into the page cache and a group's latency has a limit. A single batch
+// may be larger.
+const maxGroupBytes = 1 << 20
+
+// writer is the only code that changes the database, used by one goroutine.
+type writer struct {
+	conn  *conn
+	path  string
+	fault func(Op) error
+	hosts *hostTable
+
+	begin, commit, rollback *stmt
+	save, undo, release     *stmt
+}
+
+func newWriter(ctx context.Context, c *conn, o *Options) (*writer, error) {
+	w := &writer{conn: c, path: o.Path, fault: o.Fault}
+	for _, p := range []struct {
+		dst   **stmt
+		query string
+	}{
+		// IMMEDIATE: if another program holds the write lock, this is known
+		// before anything is written.
+		{&w.begin, "BEGIN IMMEDIATE"},
+		{&w.commit, "COMMIT"},
+		{&w.rollback, "ROLLBACK"},
+		{&w.save, "SAVEPOINT batch"},
+		{&w.undo, "ROLLBACK TO batch"},
+		{&w.release, "RELEASE batch"},
+	} {
+		s, err := c.prepare(p.query)
+		if err != nil {
+			return nil, err
+		}
+		*p.dst = s
+	}
+	var err error
+	w.hosts, err = newHostTable(ctx, c, int64(o.MaxHosts))
+	return w, err
+}
+
+// start starts the writer's goroutine.
+func (s *Store) start() {
+	go s.write()
+}
+
+// write takes what waits, stores it as one transaction and completes each
+// batch, in order, until nothing more will come. Then it closes the file.
+func (s *Store) write() {
+	defer close(s.stopped)
+	var group []job
+	var errs []error
+	for {
+		group = s.queue.take(group[:0], s.opt.MaxGroup, maxGroupBytes)
+		if len(group) == 0 {
+			break
+		}
+		errs = append(errs[:0], make([]error, len(group))...)
+		began := time.Now()
+		rows, pruned := s.writer.store(group, errs)
+		s.counters.group(errs, rows, pruned, time.Since(began))
+		for i, j := range group {
+			j.done(errs[i])
+		}
+		clear(group)
+	}
+	for _, j := range s.queue.rest() {
+		j.done(ErrClosed)
+	}
+	s.closeErr = s.shut()
+}
+
+// store stores the group in one transaction and sets in errs, which is all
+// nil, the error of each batch that was not stored. If the content of a batch
+// is to blame the transaction is done once more with a savepoint around each
+// batch, which costs two statements for each and one fsync for all, where
+// trying them one by one would cost an fsync for each.
+func (w *writer) store(group []job, errs []error) (rows, pruned int64) {
+	rows, pruned, err := w.transact(group, nil)
+	if len(group) > 1 && errors.Is(err, ErrInvalid) {
+		rows, pruned, err = w.transact(group, errs)
+	}
+	if err == nil {
+		return rows, pruned
+	}
+	for i := range errs {
+		if errs[i] == nil {
+			errs[i] = err
+		}
+	}
+	return 0, 0
+}
+
+// transact is one attempt at a group. With errs, an invalid batch is taken
+// back alone and its error noted there; otherwise it ends the attempt.
+func (w *writer) transact(group []job, errs []error) (rows, pruned int64, err error) {
+	defer func() {
+		if err != nil {
+			// SQLite may have rolled back on its own, as it does when the
+			// disk is full; then this fails, and that is fine. Should it fail
+			// for another reason the next BEGIN does too, and ends up here.
+			w.rollback.exec()
+			w.hosts.rolledBack()
+		}
+	}()
+	if err := w.step(OpBegin, w.begin); err != nil {
+		return 0, 0, err
+	}
+	for i, j := range group {
+		n, err := w.applyOne(j.batch, errs != nil)
+		if errs != nil && errors.Is(err, ErrInvalid) {
+			errs[i], err = err, nil
+		}
+		if err != nil {
+			return 0, 0, err
+		}
+		rows += n
+	}
+	if pruned, err = w.hosts.bound(); err != nil {
+		return 0, 0, classify("prune hosts", w.path, err)
+	}
+	return rows, pruned, w.step(OpCommit, w.commit)
+}
+
+// applyOne applies b, with a savepoint around it if guarded.
+func (w *writer) applyOne(b *Batch, guarded bool) (int64, error) {
+	if !guarded {
+		return w.apply(b)
+	}
+	if _, err := w.save.exec(); err != nil {
+		return 0, classify("savepoint", w.path, err)
+	}
+	rows, err := w.apply(b)
+	if err != nil {
+		if !errors.Is(err, ErrInvalid) {
+			return 0, err // the whole transaction goes, the savepoint with it
+		}
+		if _, err := w.undo.exec(); err != nil {
+			return 0, classify("undo batch", w.path, err)
+		}
+	}
+	if _, err := w.release.exec(); err != nil {
+		return 0, classify("release", w.path, err)
+	}
+	return rows, err
+}
+
+// step runs one of the statements at which faults can be put.
+func (w *writer) step(op Op, s *stmt) error {
+	err := w.fault(op)
+	if err == nil {
+		_, err = s.exec()
+	}
+	if err != nil {
+		return classify(string(op), w.path, err)
+	}
+	return nil
+}
+
+// shut is the end of the writer's goroutine: the log goes into the main file,
+// the files are closed, the lock is released.
+func (s *Store) shut() error {
+	w := s.writer
+	s.reader.Lock() // wait for a reader, keep out others
+	s.readerClosed = true
+	s.reader.Unlock()
+
+	err := w.fault(OpCheckpoint)
+	if err == nil {
+		// Its result says if something, such as an admin's shell, was in the
+		// way. That is no error: the log is complete, the next Open reads it.
+		err = w.conn.exec(context.Background(), "PRAGMA wal_checkpoint(TRUNCATE)")
+	}
+	if err != nil {
+		err = classify(string(OpCheckpoint), w.path, err)
+	}
+	if cerr := w.conn.close(); cerr != nil {
+		err = errors.Join(err, fmt.Errorf("store: close: %w", cerr))
+	}
+	return errors.Join(err, s.lock.Close())
+}
