@@ -1,0 +1,413 @@
+package netx
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"fsbus/bus/matrix"
+)
+
+// ClientConfig configures a Client. The zero value is usable and safe.
+type ClientConfig struct {
+	// CAs are the certificate authorities to trust; CAPool adds some to the
+	// system's. Default: the system's.
+	CAs *x509.CertPool
+	// Blocklist decides which addresses may be dialled, those of well-known
+	// documents, redirects and SRV records included. Default: DefaultBlocklist.
+	Blocklist *Blocklist
+	// Static holds addresses that go before DNS. Default: none.
+	Static *Static
+	// Lookup answers DNS questions. Default: a DNS with MaxDNS.
+	Lookup Lookup
+	// MaxDNS is DNSConfig.MaxConcurrent of the default Lookup.
+	MaxDNS int
+
+	// HandshakesPerSecond paces TLS handshakes; up to one second's worth may
+	// come at once. A full handshake costs 1 to 3 ms of a fast core, so the
+	// default of 20 is 5 % of one, and about half of a Raspberry Pi's.
+	// Negative: no limit.
+	HandshakesPerSecond float64
+	// MaxIdle and MaxIdlePerHost are how many connections are kept for further
+	// requests, in all and for one server. A kept connection costs 30 to 50 KB
+	// and up to 2 goroutines: 64 are 2 to 3 MB. Defaults 64 and 2. Negative:
+	// none.
+	MaxIdle, MaxIdlePerHost int
+	// IdleTimeout is how long a connection is kept. Most servers keep one for
+	// 60 to 75 s; a little less saves requests sent into a closing one. Default
+	// 55 s.
+	IdleTimeout time.Duration
+
+	// ConnectTimeout bounds each TCP connect, HandshakeTimeout each TLS
+	// handshake. Defaults 5 s and 10 s. All of a request's attempts to connect
+	// have 30 s together.
+	ConnectTimeout, HandshakeTimeout time.Duration
+	// BodyTimeout is how long a Read of an answer's body waits for its next
+	// byte. Default 60 s, which is Synapse's.
+	BodyTimeout time.Duration
+	// MaxHeaderBytes bounds an answer's header. Default 64 KiB.
+	MaxHeaderBytes int64
+
+	// SessionCache is how many TLS sessions are remembered, at about 1 KB each.
+	// A resumption costs half of a full handshake. Default 1000.
+	SessionCache int
+	// WellKnownCache is how many hosts' well-known outcomes are remembered, at
+	// most 700 bytes each. Default 4096.
+	WellKnownCache int
+
+	// UserAgent is sent with the client's own requests, which are those for
+	// well-known documents. Default: none is sent.
+	UserAgent string
+	// Rand is the source for SRV weights and for the jitter of cache ages.
+	// Default: a random seed.
+	Rand rand.Source
+	// Now is the clock of the caches. Default time.Now.
+	Now func() time.Time
+}
+
+// CAPool returns the system's certificate authorities and those in pem.
+func CAPool(pem []byte) (*x509.CertPool, error) {
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		return nil, fmt.Errorf("netx: system's certificate authorities: %w", err)
+	}
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, errors.New("netx: no PEM certificate in the file of certificate authorities")
+	}
+	return pool, nil
+}
+
+// A Client sends requests to remote servers. It is safe for concurrent use.
+//
+// It starts no goroutine of its own but those of a dial (see dialer.race);
+// net/http has two for each HTTP/1 connection, one for each HTTP/2 connection
+// and one for each request on it.
+type Client struct {
+	dialer      *dialer
+	connector   *connector
+	pool        *pool
+	wellKnown   *wellKnown
+	lookup      Lookup
+	dns         *DNS // the Lookup, if it is one
+	bodyTimeout time.Duration
+}
+
+// NewClient returns a Client with empty caches.
+func NewClient(c ClientConfig) *Client {
+	if c.Blocklist == nil {
+		var err error
+		if c.Blocklist, err = NewBlocklist(DefaultBlocklist(), nil); err != nil {
+			panic(err)
+		}
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Lookup == nil {
+		c.Lookup = NewDNS(DNSConfig{MaxConcurrent: c.MaxDNS, Now: c.Now})
+	}
+	if c.HandshakesPerSecond == 0 {
+		c.HandshakesPerSecond = 20
+	}
+	if c.MaxIdle == 0 {
+		c.MaxIdle = 64
+	}
+	if c.MaxIdlePerHost == 0 {
+		c.MaxIdlePerHost = 2
+	}
+	if c.MaxHeaderBytes <= 0 {
+		c.MaxHeaderBytes = 64 << 10
+	}
+	setDefault(&c.IdleTimeout, 55*time.Second)
+	setDefault(&c.ConnectTimeout, 5*time.Second)
+	setDefault(&c.HandshakeTimeout, 10*time.Second)
+	setDefault(&c.BodyTimeout, 60*time.Second)
+	setDefault(&c.SessionCache, 1000)
+	setDefault(&c.WellKnownCache, 4096)
+
+	random := newLockedRand(c.Rand)
+	d := &dialer{
+		lookup:  c.Lookup,
+		static:  c.Static,
+		block:   c.Blocklist,
+		random:  random,
+		shakes:  newHandshakes(c.HandshakesPerSecond),
+		tls:     newTLSConfig(&c),
+		connect: c.ConnectTimeout,
+		shake:   c.HandshakeTimeout,
+	}
+	d.connectTo = d.connectTCP
+	connector := newConnector(d, c.MaxHeaderBytes)
+	fetcher := &wellKnownFetcher{open: connector.open, now: c.Now, userAgent: c.UserAgent}
+	dns, _ := c.Lookup.(*DNS)
+	return &Client{
+		dialer:      d,
+		connector:   connector,
+		pool:        newPool(max(c.MaxIdle, 0), max(c.MaxIdlePerHost, 0), c.IdleTimeout),
+		wellKnown:   newWellKnown(c.WellKnownCache, c.Now, random, fetcher.fetch),
+		lookup:      staticLookup{c.Lookup, c.Static},
+		dns:         dns,
+		bodyTimeout: c.BodyTimeout,
+	}
+}
+
+// A Request is what Do sends.
+type Request struct {
+	// Destination is the server, by the name that the homeserver used.
+	Destination matrix.ServerName
+	// Method and Target, which is the path and the query, reach the remote as
+	// they are here, to the byte: they are signed.
+	Method, Target string
+	// Header is sent but for what is about a single connection (RFC 9110
+	// section 7.6.1), Proxy-*, Expect and Host. Nothing is added to it that
+	// HTTP does not demand. It is not changed.
+	Header http.Header
+	// Body has exactly Size bytes. Size 0 is no body, and Size -1 is a body of
+	// unknown size. If Body is an io.Closer, its Close may be called while Read
+	// runs and must end it; Do closes it in all cases. Body is not used any
+	// more once Do has failed or the answer's body is closed.
+	Body io.Reader
+	Size int64
+	// GetBody opens the body again, from its start. If it is nil, and there is
+	// a body, the request cannot use a kept connection.
+	GetBody func() (io.ReadCloser, error)
+	// Once is for a request that must never reach the remote twice.
+	Once bool
+}
+
+// Do sends r and returns the answer when its header is there, whatever its
+// status: redirects are answers too. The caller closes the answer's body. ctx
+// bounds everything, the reading of that body included, and ending it breaks
+// off whatever is under way.
+//
+// connected, if not nil, is called at most once, from Do, when a new connection
+// to the remote is usable. A kept connection does not count: it proves little.
+//
+// Every error, of Do and of the answer's body, is or wraps an *Error.
+//
+// A request goes out once, with one exception. A kept connection may be closed
+// by the remote at any moment, also while a request is on its way into it. So
+// a request that fails on a kept connection before any byte of an answer is
+// sent again, on a new connection. A request with Once set, or with a body that
+// cannot be opened again, therefore takes a new connection at once.
+func (c *Client) Do(ctx context.Context, r *Request, connected func()) (*http.Response, error) {
+	body := &requestBody{reader: r.Body, size: r.Size}
+	defer func() { _ = body.Close() }() // harmless once an answer owns the body in use
+	req, err := prepare(r)
+	if err != nil {
+		return nil, &Error{Failure: matrix.FailLocal, Op: OpPrepare, Unsent: true, Err: err}
+	}
+	route, err := discover(ctx, r.Destination, c.wellKnown, c.lookup)
+	if err != nil {
+		return nil, resolveError(ctx, err)
+	}
+	req.Host, req.URL.Host = route.HostHeader, route.HostHeader
+	key := poolKey{r.Destination, route.TLSName, route.HostHeader}
+
+	if !r.Once && (r.Size == 0 || r.GetBody != nil) {
+		if conn := c.pool.get(key); conn != nil {
+			resp, again, err := c.send(ctx, conn, req, body)
+			if !again {
+				if err == nil {
+					body = nil
+				}
+				return resp, err
+			}
+			if r.Size != 0 {
+				reader, err := r.GetBody()
+				if err != nil {
+					return nil, &Error{Failure: matrix.FailLocal, Op: OpPrepare, Err: err}
+				}
+				body = &requestBody{reader: reader, size: r.Size}
+			}
+		}
+	}
+	conn, err := c.connect(ctx, route, key)
+	if err != nil {
+		return nil, err
+	}
+	if connected != nil {
+		connected()
+	}
+	resp, _, err := c.send(ctx, conn, req, body)
+	if err == nil {
+		body = nil
+	}
+	return resp, err
+}
+
+// connect makes a new connection with a place reserved for one request.
+func (c *Client) connect(ctx context.Context, route *Route, key poolKey) (*poolConn, error) {
+	cc, http2, err := c.connector.openProtocol(ctx, route, alpnAny)
+	if err != nil {
+		return nil, err
+	}
+	if err := cc.Reserve(); err != nil {
+		// Closed already: the way in which TLS 1.3 refuses a client.
+		_ = cc.Close()
+		e := requestError(ctx, err, false)
+		e.Unsent = true
+		return nil, e
+	}
+	return c.pool.add(cc, key, http2), nil
+}
+
+// send sends req on conn, which has a place reserved for it. again reports
+// that it failed before the remote said anything, with ctx and body unharmed.
+func (c *Client) send(ctx context.Context, conn *poolConn, req *http.Request, body *requestBody) (resp *http.Response, again bool, err error) {
+	var answered atomic.Bool
+	sendCtx, cancel := context.WithCancelCause(ctx)
+	req = req.WithContext(httptrace.WithClientTrace(sendCtx, &httptrace.ClientTrace{
+		GotFirstResponseByte: func() { answered.Store(true) },
+	}))
+	if req.ContentLength != 0 {
+		req.Body = body
+	}
+	resp, err = conn.RoundTrip(req)
+	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
+		_ = resp.Body.Close()
+		err = errUpgrade
+	}
+	if err != nil {
+		cancel(nil)
+		e := requestError(ctx, err, answered.Load())
+		_ = body.Close()
+		if bodyErr := body.failure(); bodyErr != nil {
+			e = &Error{Failure: matrix.FailLocal, Op: OpPrepare, Err: bodyErr}
+		}
+		// An HTTP/2 connection outlives a request that we gave up. Otherwise it
+		// is suspect: a remote that went away leaves it looking sound.
+		c.pool.put(conn, conn.http2 && (e.Failure == matrix.FailCancelled || e.Failure == matrix.FailLocal))
+		again = !answered.Load() && ctx.Err() == nil && e.Failure != matrix.FailLocal
+		return nil, again, e
+	}
+	resp.Body = newAnswerBody(ctx, sendCtx, cancel, resp.Body, c.bodyTimeout, func(complete bool, err error) {
+		_ = body.Close()
+		c.pool.put(conn, err == nil && (complete || conn.http2))
+	})
+	return resp, false, nil
+}
+
+// requestError is the error of a request that got no answer. answered says
+// whether the remote sent anything.
+func requestError(ctx context.Context, err error, answered bool) *Error {
+	f, known := classify(err)
+	switch {
+	case errors.Is(ctx.Err(), context.Canceled):
+		f = matrix.FailCancelled
+	case ctx.Err() != nil:
+		f = matrix.FailTimeout
+	case known:
+	case answered:
+		f = matrix.FailProtocol
+	default:
+		f = matrix.FailReset
+	}
+	return &Error{Failure: f, Op: OpRequest, Err: err}
+}
+
+// prepare makes an http.Request of r, without Host, context and body.
+func prepare(r *Request) (*http.Request, error) {
+	if r.Method == "CONNECT" {
+		return nil, errors.New("method CONNECT")
+	}
+	if r.Size != 0 && r.Body == nil {
+		return nil, fmt.Errorf("no body, but size %d", r.Size)
+	}
+	u, err := requestURL(r.Target)
+	if err != nil {
+		return nil, err
+	}
+	header := endToEnd(r.Header)
+	delete(header, "Expect")
+	delete(header, "Host")
+	if len(header["User-Agent"]) == 0 {
+		header["User-Agent"] = nil // keeps net/http from sending its own
+	}
+	return &http.Request{Method: r.Method, URL: u, Header: header, ContentLength: r.Size}, nil
+}
+
+// requestURL returns a URL that net/http sends as target, to the byte, over
+// HTTP/1.1 and HTTP/2.
+//
+// An opaque URL does that, except that one which begins with "//" goes out in
+// absolute form. Such a path goes into Path and RawPath instead, and is refused
+// if it holds a byte that net/url would escape there. No path of Matrix begins
+// like this.
+func requestURL(target string) (*url.URL, error) {
+	if target == "" || target[0] != '/' {
+		return nil, errors.New("the request target does not begin with a slash")
+	}
+	for i := range len(target) {
+		// A blank or a line feed would end the target, and what follows would
+		// be taken for the rest of the request's head.
+		if c := target[i]; c <= ' ' || c == 0x7f {
+			return nil, fmt.Errorf("byte %#02x in the request target", c)
+		}
+	}
+	if len(target) < 2 || target[1] != '/' {
+		return &url.URL{Scheme: "https", Opaque: target}, nil
+	}
+	path, query, hasQuery := strings.Cut(target, "?")
+	unescaped, err := url.PathUnescape(path)
+	if err != nil {
+		return nil, errors.New("bad escape in a request target that begins with two slashes")
+	}
+	u := &url.URL{Scheme: "https", Path: unescaped, RawPath: path, RawQuery: query, ForceQuery: hasQuery}
+	if u.RequestURI() != target {
+		return nil, errors.New("a byte that must be escaped in a request target that begins with two slashes")
+	}
+	return u, nil
+}
+
+// CloseIdle closes the connections that are in no use.
+func (c *Client) CloseIdle() { c.pool.closeIdle() }
+
+// ClientStats describes a Client. All but Idle, Open and the caches' entries
+// only grow.
+type ClientStats struct {
+	Dials      int64 // TCP connections attempted
+	Handshakes int64 // TLS handshakes that succeeded
+	Resumed    int64 // of which were resumptions
+	Reused     int64 // requests sent on a kept connection
+	Blocked    int64 // addresses that the block-list refused
+
+	Open     int64 // connections open now
+	PeakOpen int64 // the most there were
+	Idle     int   // connections kept for further requests
+
+	WellKnownEntries int   // hosts of which the outcome is remembered
+	WellKnownHits    int64 // times that it was used
+	WellKnownFetches int64 // times that it was sought
+
+	DNS DNSStats // zero if the Lookup is no DNS
+}
+
+// Stats returns the present counts.
+func (c *Client) Stats() ClientStats {
+	n := &c.dialer.counters
+	s := ClientStats{
+		Dials:      n.attempts.Load(),
+		Handshakes: n.handshakes.Load(),
+		Resumed:    n.resumed.Load(),
+		Reused:     c.pool.reused.Load(),
+		Blocked:    n.refused.Load(),
+		Open:       n.open.Load(),
+		PeakOpen:   n.peak.Load(),
+		Idle:       c.pool.idleCount(),
+	}
+	s.WellKnownEntries, s.WellKnownHits, s.WellKnownFetches = c.wellKnown.stats()
+	if c.dns != nil {
+		s.DNS = c.dns.Stats()
+	}
+	return s
+}

@@ -1,0 +1,339 @@
+package netx
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"fsbus/bus/matrix"
+)
+
+const (
+	// attemptDelay is how long an attempt to connect is left alone before the
+	// next address is tried beside it (RFC 8305 section 5, "Connection Attempt
+	// Delay").
+	attemptDelay = 250 * time.Millisecond
+	// maxAttempts is how many attempts of one dial run at a time. With more, a
+	// name with many dead addresses would cost more connections than it is worth.
+	maxAttempts = 2
+	// dialTimeout bounds one dial as a whole: look-ups, attempts and handshakes
+	// of all targets, however long the request itself may take.
+	dialTimeout = 30 * time.Second
+	// maxTargets is how many targets of a route one dial tries.
+	maxTargets = 8
+)
+
+// The protocols to offer.
+var (
+	alpnAny   = []string{"h2", "http/1.1"}
+	alpnHTTP1 = []string{"http/1.1"}
+)
+
+// A dialer makes TLS connections along a Route.
+type dialer struct {
+	lookup   Lookup
+	static   *Static
+	block    *Blocklist
+	random   *lockedRand
+	shakes   handshakes
+	tls      *tls.Config // without ServerName and NextProtos
+	connect  time.Duration
+	shake    time.Duration
+	counters dialCounters
+
+	// connectTo makes a TCP connection. It is a field for the tests, which
+	// count and delay attempts.
+	connectTo func(ctx context.Context, to netip.AddrPort) (net.Conn, error)
+}
+
+// dialCounters count what a dialer has done.
+type dialCounters struct {
+	attempts   atomic.Int64 // TCP connections attempted
+	handshakes atomic.Int64 // TLS handshakes that succeeded
+	resumed    atomic.Int64 // of which were resumptions
+	refused    atomic.Int64 // addresses that the block-list refused
+	open       atomic.Int64 // connections open now
+	peak       atomic.Int64 // and the most there were
+}
+
+// dial connects to the first target of r that takes the connection and shows
+// the right certificate. Its errors are *Error. If every target fails the first
+// one's error counts, as with Synapse, unless that was only the block-list's.
+func (d *dialer) dial(ctx context.Context, r *Route, alpn []string) (*tls.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	var first *Error
+	for i, t := range order(r.Targets, d.random) {
+		if i >= maxTargets {
+			break
+		}
+		conn, err := d.dialTarget(ctx, r.TLSName, t, alpn)
+		if err == nil {
+			return conn, nil
+		}
+		if first == nil || first.Failure == matrix.FailBlocked {
+			first = err
+		}
+		if ctx.Err() != nil || err.Failure == matrix.FailLocal {
+			break
+		}
+	}
+	if first == nil {
+		panic("netx: a route without targets")
+	}
+	return nil, first
+}
+
+func (d *dialer) dialTarget(ctx context.Context, tlsName string, t Target, alpn []string) (*tls.Conn, *Error) {
+	addrs, err := d.addresses(ctx, t)
+	if err != nil {
+		return nil, dialError(ctx, OpResolve, err)
+	}
+	raw, err := d.race(ctx, addrs)
+	if err != nil {
+		return nil, dialError(ctx, OpConnect, err)
+	}
+	if err := d.shakes.wait(ctx); err != nil {
+		_ = raw.Close()
+		return nil, dialError(ctx, OpTLS, err)
+	}
+	conn, err := d.handshake(ctx, raw, tlsName, alpn)
+	if err != nil {
+		return nil, dialError(ctx, OpTLS, err)
+	}
+	return conn, nil
+}
+
+// dialError is the error of a dial that failed in step op.
+func dialError(ctx context.Context, op string, err error) *Error {
+	f, known := classify(err)
+	switch {
+	case errors.Is(ctx.Err(), context.Canceled):
+		f = matrix.FailCancelled
+	case op == OpTLS && (!known || f == matrix.FailReset || f == matrix.FailProtocol):
+		// Whatever breaks or confuses a handshake. crypto/tls has few exported
+		// types for what the remote can do wrong.
+		f = matrix.FailTLS
+	case !known:
+		f = matrix.FailLocal
+	}
+	return &Error{Failure: f, Op: op, Unsent: true, Err: err}
+}
+
+// addresses returns what t's name stands for and may be dialled, in the order
+// of preference.
+func (d *dialer) addresses(ctx context.Context, t Target) ([]netip.AddrPort, error) {
+	found, err := d.find(ctx, t)
+	if err != nil {
+		return nil, err
+	}
+	var allowed []netip.AddrPort
+	seen := make(map[netip.AddrPort]bool, len(found))
+	for _, a := range found {
+		a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+		if seen[a] {
+			continue
+		}
+		seen[a] = true
+		if d.block.Allowed(a.Addr()) {
+			allowed = append(allowed, a)
+		} else {
+			d.counters.refused.Add(1)
+		}
+	}
+	switch {
+	case len(found) == 0:
+		return nil, fmt.Errorf("%s: %w", t.Host, errNoAddress)
+	case len(allowed) == 0:
+		return nil, fmt.Errorf("%s: %w", t.Host, errBlocked)
+	}
+	return interleave(allowed), nil
+}
+
+func (d *dialer) find(ctx context.Context, t Target) ([]netip.AddrPort, error) {
+	if to, ok := d.static.find(t.Host, t.Port); ok {
+		return []netip.AddrPort{to}, nil
+	}
+	if a, err := netip.ParseAddr(t.Host); err == nil {
+		return []netip.AddrPort{netip.AddrPortFrom(a, t.Port)}, nil
+	}
+	ips, err := d.lookup.IP(ctx, t.Host)
+	if err != nil {
+		return nil, err
+	}
+	found := make([]netip.AddrPort, 0, len(ips))
+	for _, a := range ips[:min(len(ips), maxAddresses)] {
+		found = append(found, netip.AddrPortFrom(a, t.Port))
+	}
+	return found, nil
+}
+
+// interleave alternates between the two address families, beginning with that
+// of the preferred address (RFC 8305 section 4).
+func interleave(addrs []netip.AddrPort) []netip.AddrPort {
+	var first, second []netip.AddrPort
+	for _, a := range addrs {
+		if a.Addr().Is4() == addrs[0].Addr().Is4() {
+			first = append(first, a)
+		} else {
+			second = append(second, a)
+		}
+	}
+	mixed := make([]netip.AddrPort, 0, len(addrs))
+	for i := range max(len(first), len(second)) {
+		if i < len(first) {
+			mixed = append(mixed, first[i])
+		}
+		if i < len(second) {
+			mixed = append(mixed, second[i])
+		}
+	}
+	return mixed
+}
+
+// race connects to the first of addrs that answers (RFC 8305): an attempt that
+// fails, or takes longer than attemptDelay, is followed by the next, at most
+// maxAttempts at a time. When race returns no attempt is left: those that lost
+// have ended and their connections are closed.
+//
+// It starts a goroutine for each attempt, since that is what there is to wait
+// for two connects at once; a single address is tried in the caller's own.
+func (d *dialer) race(ctx context.Context, addrs []netip.AddrPort) (net.Conn, error) {
+	if len(addrs) == 1 {
+		return d.attempt(ctx, addrs[0])
+	}
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	results := make(chan result)
+	running, next := 0, 0
+	start := func() {
+		to := addrs[next]
+		next++
+		running++
+		go func() {
+			conn, err := d.attempt(ctx, to)
+			results <- result{conn, err}
+		}()
+	}
+	defer func() {
+		cancel()
+		for ; running > 0; running-- {
+			if r := <-results; r.conn != nil {
+				_ = r.conn.Close()
+			}
+		}
+	}()
+
+	timer := time.NewTimer(attemptDelay)
+	defer timer.Stop()
+	var failed error
+	start()
+	for running > 0 {
+		select {
+		case r := <-results:
+			running--
+			if r.err == nil {
+				return r.conn, nil
+			}
+			failed = worse(failed, r.err)
+			if ctx.Err() != nil {
+				return nil, failed
+			}
+		case <-timer.C:
+		}
+		if next < len(addrs) && running < maxAttempts {
+			start()
+			timer.Reset(attemptDelay)
+		}
+	}
+	return nil, failed
+}
+
+// worse returns the error that says more about a remote of which all addresses
+// fail: the first, but not that there is no way to it if another address shows
+// that there is one, as on a host without IPv6.
+func worse(a, b error) error {
+	if a == nil || FailureOf(a) == matrix.FailUnreachable && FailureOf(b) != matrix.FailUnreachable {
+		return b
+	}
+	return a
+}
+
+// attempt makes one TCP connection.
+func (d *dialer) attempt(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, d.connect)
+	defer cancel()
+	d.counters.attempts.Add(1)
+	conn, err := d.connectTo(ctx, to)
+	if err != nil {
+		return nil, err
+	}
+	return d.counted(conn), nil
+}
+
+// connectTCP is what connectTo is outside of tests. The block-list has its
+// last word on the very address that the kernel is given.
+func (d *dialer) connectTCP(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	nd := net.Dialer{Control: func(_, address string, _ syscall.RawConn) error {
+		a, err := netip.ParseAddrPort(address)
+		if err != nil || !d.block.Allowed(a.Addr()) {
+			return errBlocked
+		}
+		return nil
+	}}
+	return nd.DialContext(ctx, "tcp", to.String())
+}
+
+// handshake makes a TLS connection of raw, or closes it.
+func (d *dialer) handshake(ctx context.Context, raw net.Conn, tlsName string, alpn []string) (*tls.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, d.shake)
+	defer cancel()
+	config := d.tls.Clone()
+	// crypto/tls checks an IP literal against the certificate's addresses and
+	// sends no SNI for it (S2S "TLS").
+	config.ServerName = tlsName
+	config.NextProtos = alpn
+	conn := tls.Client(raw, config)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		_ = raw.Close()
+		return nil, err
+	}
+	d.counters.handshakes.Add(1)
+	if conn.ConnectionState().DidResume {
+		d.counters.resumed.Add(1)
+	}
+	return conn, nil
+}
+
+// counted returns conn, counted as open until it is closed.
+func (d *dialer) counted(conn net.Conn) net.Conn {
+	n := d.counters.open.Add(1)
+	for {
+		peak := d.counters.peak.Load()
+		if n <= peak || d.counters.peak.CompareAndSwap(peak, n) {
+			break
+		}
+	}
+	return &countedConn{Conn: conn, open: &d.counters.open}
+}
+
+type countedConn struct {
+	net.Conn
+	once sync.Once
+	open *atomic.Int64
+}
+
+func (c *countedConn) Close() error {
+	c.once.Do(func() { c.open.Add(-1) })
+	return c.Conn.Close()
+}

@@ -1,0 +1,52 @@
+// Package netx is the bus's network: everything that touches a socket, and
+// nothing that decides.
+//
+// # Inbound: from the homeserver
+//
+// A [Front] accepts the homeserver's outgoing federation requests. Synapse opens
+// one connection for each of them, with no limit on how many, so a message to a
+// large room arrives as thousands of connections within a second. Three things
+// keep that small:
+//
+//   - The Front takes a place for a connection before it accepts it. What is
+//     over the limit stays in the kernel's backlog, where it costs nothing here
+//     and Synapse simply waits.
+//   - net/http parses the request; its body goes into a [Spool], which has a
+//     budget in memory and one on disk. Then the connection is parked: taken
+//     away from net/http, which leaves an [Inbound] of about 2 KiB and no
+//     goroutine.
+//   - [Inbound.Reply] or [Inbound.Stream] writes the answer later, from a
+//     goroutine of the caller's, and closes the connection.
+//
+// One watcher looks at all parked connections once a second, so that nothing is
+// done for a client that gave up.
+//
+// A [Body] is written once and read by any number of [Reader]s while it is
+// written: one upstream answer serves all who wait for it, and a request can be
+// sent a second time.
+//
+// [Listen] makes the sockets, [SystemdListeners] takes over those of a socket
+// unit, and [Notifier] talks to the service manager.
+//
+// # Outbound: to the federation
+//
+// A Client resolves server names as the specification has it, keeps to the
+// block-list of private addresses at the moment of dialling, and sends requests
+// whose path, query, header and body are what the homeserver signed.
+//
+// # Duties of the caller
+//
+//  1. Answer every Inbound that Handle got, with Reply, Stream or Abort, unless
+//     Gone has been told of it. Nothing here times out a parked request: how
+//     long it may wait depends on the endpoint.
+//  2. Release every Inbound once its body is no longer needed, in all cases.
+//  3. Close every Reader, and Release every Body got from New or retained.
+//  4. Do not block in Handle and Gone.
+//
+// # Goroutines
+//
+// The inbound half starts one: the watcher, while anything is parked. net/http
+// starts one for each connection whose request is being read, and a second one
+// for the moment between the end of a request and its parking: 2 times
+// MaxReading at most. Serve runs in the caller's.
+package netx

@@ -1,0 +1,280 @@
+package netx
+
+import (
+	"context"
+	"crypto/sha256"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// Defaults of FrontConfig.
+const (
+	defaultMaxConns             = 4096             // a storm's 4,000: 8 MiB of heap when all of them wait, without their bodies
+	defaultMaxReading           = 64               // about 50 KiB each: net/http's buffers, ours and two stacks
+	defaultHeaderTimeout        = 10 * time.Second // the client is on this machine
+	defaultBodyTimeout          = 30 * time.Second // half of Synapse's 60 s
+	defaultStallTimeout         = 60 * time.Second // what Synapse itself allows for a body
+	defaultSweepInterval        = time.Second
+	defaultMaxHeaderBytes       = 16 << 10               // Synapse's are below 1 KiB
+	defaultMaxBody        int64 = 200 * 64 << 10         // what a Synapse takes: MAX_REQUEST_SIZE, 200 events of 64 KiB
+	defaultLinger               = 500 * time.Millisecond // not configurable
+	spoolLogInterval            = 30 * time.Second       // between two log lines about bodies that could not be stored
+)
+
+// FrontConfig configures a Front. Secret, Spool, Handle and Gone are required.
+type FrontConfig struct {
+	// Secret is what the homeserver shows in Proxy-Authorization: Bearer.
+	Secret []byte
+
+	// MaxConns bounds the accepted connections: those being read, parked and
+	// being answered. Further ones wait in the kernel's accept backlog. Each
+	// listener that is served takes one of the places while it waits for a
+	// connection. 0 means 4,096. Each needs a file descriptor.
+	MaxConns int
+
+	// MaxReading bounds those of them whose request is being read or handed
+	// over. Each costs one or two goroutines and their buffers. 0 means 64.
+	MaxReading int
+
+	// HeaderTimeout bounds the time from accepting a connection until its
+	// request's header is complete; such a connection is closed without an
+	// answer. 0 means 10 s.
+	HeaderTimeout time.Duration
+
+	// BodyTimeout bounds the time from then until the body is complete. It
+	// includes waiting for room in the spool. 0 means 30 s.
+	BodyTimeout time.Duration
+
+	// StallTimeout is how long a client may take no byte of its answer, that
+	// is: leave a full socket buffer full. 0 means 60 s.
+	StallTimeout time.Duration
+
+	// SweepInterval is the time between two looks at all parked connections
+	// for clients that went away. 0 means 1 s.
+	SweepInterval time.Duration
+
+	// MaxHeaderBytes bounds the request line and the header; net/http adds
+	// 4 KiB. 0 means 16 KiB.
+	MaxHeaderBytes int
+
+	// MaxBody returns how many bytes a request's body may have; it should stay
+	// well below the spool's budgets. It is called in many goroutines at a
+	// time. nil means 13,107,200 for all, as Synapse has it.
+	MaxBody func(method, target string) int64
+
+	// Spool takes the bodies.
+	Spool *Spool
+
+	// Logger takes what net/http has to say (failing accepts, panics), and, at
+	// most every 30 s, that a body could not be stored. nil discards it.
+	Logger *slog.Logger
+
+	// Handle takes over a parked request. It is called in the connection's
+	// goroutine, by MaxReading of them at a time, and while it blocks fewer
+	// connections are accepted. It may answer at once. A panic in it aborts
+	// the connection.
+	Handle func(*Inbound)
+
+	// Gone is told that the client closed its connection, or its sending half
+	// of it, while its request was parked. It is called at most once for a
+	// request, after Handle returned, never once Reply, Stream or Abort has
+	// been called. The connection is closed by then; the body must still be
+	// released. It must not block for long: the next client that goes is
+	// noticed after it returns.
+	Gone func(*Inbound)
+}
+
+// A Front takes the homeserver's outgoing federation requests, as an HTTP
+// proxy would: it accepts connections, checks and reads one request on each,
+// and parks it. A parked request is an Inbound: a connection without a
+// goroutine, which waits until somebody answers it. Every connection carries
+// one request, which is how Synapse uses them, and is closed after its answer.
+//
+// What is refused is refused before the body is read, in this order:
+//
+//	405 M_UNRECOGNIZED   the method is CONNECT
+//	404 M_UNRECOGNIZED   the target is not matrix-federation://...
+//	407 M_UNAUTHORIZED   Proxy-Authorization is not exactly the secret
+//	400 M_INVALID_PARAM  the target is malformed, or has no valid server name
+//	505 M_UNKNOWN        HTTP/1.0, which cannot tell a cut answer from a whole one
+//	413 M_TOO_LARGE      Content-Length is over MaxBody
+//
+// and while it is read:
+//
+//	413 M_TOO_LARGE      a chunked body is over MaxBody
+//	408 M_UNKNOWN        BodyTimeout is over
+//	400 M_UNKNOWN        the chunks are malformed
+//	503 M_UNKNOWN        no room in the spool for BodyTimeout
+//	500 M_UNKNOWN        the spool's disk fails
+//
+// A body that the client cuts off is dropped without an answer. What does not
+// get past net/http's parser never reaches these checks, and is answered by it
+// in text/plain: 400 (malformed request line, header, Host or URL), 417
+// (Expect), 431 (MaxHeaderBytes), 501 (Transfer-Encoding) and 505 (version). No
+// request of Synapse is among them, so that is left as it is.
+//
+// All methods may be called concurrently.
+type Front struct {
+	cfg      FrontConfig
+	secret   [sha256.Size]byte
+	linger   time.Duration // how long a refused client may go on sending
+	srv      *http.Server
+	gate     *gate
+	lastID   atomic.Uint64
+	spoolLog rate.Sometimes
+
+	mu        sync.Mutex
+	listeners map[net.Listener]struct{}
+	closed    bool
+	waiting   []*Inbound // parked requests that the watcher looks after; Inbound.pos is the index
+	sweeping  bool       // the watcher runs
+	stats     FrontStats // without what gate counts
+}
+
+// FrontStats is a snapshot of what a Front holds and has done.
+type FrontStats struct {
+	Open       int // connections accepted and not yet closed, and listeners that wait for one
+	Reading    int // those of them whose request is not handed over yet
+	Parked     int // those of them that wait for an answer to begin
+	MaxOpen    int // the most so far
+	MaxReading int
+	MaxParked  int
+
+	Requests uint64         // requests handed over
+	Gone     uint64         // clients that went away while parked
+	Cut      uint64         // clients that went away inside the request's body
+	Refused  map[int]uint64 // answers of the Front itself, by status code; not those of net/http
+}
+
+// NewFront returns a Front that serves nothing yet. It panics when a required
+// field is missing: a Front without a secret would be an open proxy.
+func NewFront(c FrontConfig) *Front {
+	if len(c.Secret) == 0 || c.Spool == nil || c.Handle == nil || c.Gone == nil {
+		panic("netx: FrontConfig needs Secret, Spool, Handle and Gone")
+	}
+	setDefault(&c.MaxConns, defaultMaxConns)
+	setDefault(&c.MaxReading, defaultMaxReading)
+	setDefault(&c.HeaderTimeout, defaultHeaderTimeout)
+	setDefault(&c.BodyTimeout, defaultBodyTimeout)
+	setDefault(&c.StallTimeout, defaultStallTimeout)
+	setDefault(&c.SweepInterval, defaultSweepInterval)
+	setDefault(&c.MaxHeaderBytes, defaultMaxHeaderBytes)
+	if c.MaxBody == nil {
+		c.MaxBody = func(string, string) int64 { return defaultMaxBody }
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	f := &Front{
+		cfg:       c,
+		secret:    sha256.Sum256(c.Secret),
+		linger:    defaultLinger,
+		gate:      newGate(c.MaxConns, c.MaxReading),
+		spoolLog:  rate.Sometimes{First: 1, Interval: spoolLogInterval},
+		listeners: map[net.Listener]struct{}{},
+		stats:     FrontStats{Refused: map[int]uint64{}},
+	}
+	f.cfg.Secret = nil // its digest is all that is needed
+	f.srv = &http.Server{
+		Handler:                      http.HandlerFunc(f.serve),
+		ReadHeaderTimeout:            c.HeaderTimeout,
+		MaxHeaderBytes:               c.MaxHeaderBytes,
+		ConnState:                    f.connState,
+		ErrorLog:                     slog.NewLogLogger(c.Logger.Handler(), slog.LevelWarn),
+		DisableGeneralOptionsHandler: true,
+	}
+	f.srv.SetKeepAlivesEnabled(false)
+	return f
+}
+
+func setDefault[T int | time.Duration](v *T, def T) {
+	if *v <= 0 {
+		*v = def
+	}
+}
+
+// connState gives back the place of a connection that net/http has closed; a
+// parked one is no longer net/http's.
+func (f *Front) connState(_ net.Conn, s http.ConnState) {
+	if s == http.StateClosed {
+		f.gate.leave(1, 1)
+	}
+}
+
+// Serve accepts connections from ln until Close or Shutdown, and closes it.
+// Several listeners may be served at once, but fewer than MaxConns and at most
+// MaxReading, as each of them holds a place. The error is never nil, and
+// http.ErrServerClosed after Close or Shutdown.
+func (f *Front) Serve(ln net.Listener) error {
+	f.mu.Lock()
+	if f.closed {
+		f.mu.Unlock()
+		ln.Close()
+		return http.ErrServerClosed
+	}
+	f.listeners[ln] = struct{}{}
+	f.mu.Unlock()
+
+	err := f.srv.Serve(gatedListener{ln, f.gate})
+
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.listeners, ln)
+	if f.closed {
+		return http.ErrServerClosed
+	}
+	return err
+}
+
+// stopAccepting closes the gate and the listeners. A unix socket that Listen
+// made is removed; one that systemd passed on stays, and new connections wait
+// in it for the next process.
+func (f *Front) stopAccepting() {
+	f.gate.close()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.closed = true
+	for ln := range f.listeners {
+		ln.Close()
+	}
+}
+
+// Close stops accepting and drops the connections whose request is being read.
+// Parked requests stay until they are answered.
+func (f *Front) Close() error {
+	f.stopAccepting()
+	return f.srv.Close()
+}
+
+// Shutdown stops accepting and returns when every request that was being read
+// has been handed over, or, with ctx's error, when ctx is done; those still
+// being read are dropped then. Parked requests stay until they are answered.
+func (f *Front) Shutdown(ctx context.Context) error {
+	f.stopAccepting()
+	err := f.gate.drain(ctx)
+	// Not http.Server.Shutdown: that drops requests whose header is not
+	// complete yet, and to Synapse a dropped request means that the remote
+	// is down.
+	f.srv.Close()
+	return err
+}
+
+// Stats returns a snapshot.
+func (f *Front) Stats() FrontStats {
+	f.mu.Lock()
+	s := f.stats
+	s.Refused = maps.Clone(s.Refused)
+	f.mu.Unlock()
+	g := f.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s.Open, s.Reading, s.MaxOpen, s.MaxReading = g.open, g.reading, g.mostOpen, g.mostReading
+	return s
+}
