@@ -1,0 +1,546 @@
+package bus
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// rig drives a Machine by hand and keeps what it asked for.
+type rig struct {
+	t    *testing.T
+	m    *Machine
+	now  sched.Time
+	req  ReqID
+	last []Effect // of the latest step
+	all  []Effect
+}
+
+func newRig(t *testing.T, change func(*Config)) *rig {
+	t.Helper()
+	cfg := Default()
+	if change != nil {
+		change(&cfg)
+	}
+	return &rig{t: t, m: New(cfg, rand.New(rand.NewPCG(1, 2))), now: sched.FromWall(1_800_000_000_000)}
+}
+
+func (r *rig) step(ev Event) []Effect {
+	r.t.Helper()
+	r.last = r.m.Step(r.now, ev, nil)
+	r.all = append(r.all, r.last...)
+	if err := r.m.Check(); err != nil {
+		r.t.Fatalf("after %T%+v: %v", ev, ev, err)
+	}
+	return r.last
+}
+
+// pass lets time go by, waking the machine whenever it wants to be woken.
+func (r *rig) pass(d time.Duration) {
+	r.t.Helper()
+	until := r.now.Add(d)
+	for {
+		at, ok := r.m.NextWake()
+		if !ok || at > until {
+			break
+		}
+		r.now = max(r.now, at)
+		r.step(Tick{})
+	}
+	r.now = until
+}
+
+// get sends a request for a real path and returns its number.
+func (r *rig) get(dest matrix.ServerName, method, target string) ReqID {
+	r.t.Helper()
+	r.req++
+	ep := matrix.Match(method, target)
+	a := Arrived{Req: r.req, Dest: dest, Endpoint: ep, Class: ep.Class, Received: r.now}
+	copy(a.Key[:], fmt.Sprintf("%s%s", dest, target[max(0, len(target)-20):]))
+	r.step(a)
+	return r.req
+}
+
+func (r *rig) profile(dest matrix.ServerName, n int) ReqID {
+	r.t.Helper()
+	return r.get(dest, "GET", fmt.Sprintf("/_matrix/federation/v1/query/profile?user_id=%d", n))
+}
+
+// of returns the effects of one kind.
+func of[E Effect](effects []Effect) (found []E) {
+	for _, e := range effects {
+		if e, ok := e.(E); ok {
+			found = append(found, e)
+		}
+	}
+	return found
+}
+
+func (r *rig) one(what string, ok bool) {
+	r.t.Helper()
+	if !ok {
+		r.t.Fatalf("%s; the last step gave %+v", what, r.last)
+	}
+}
+
+// sent returns the only Send of the last step.
+func (r *rig) sent() Send {
+	r.t.Helper()
+	s := of[Send](r.last)
+	r.one("want one Send", len(s) == 1)
+	return s[0]
+}
+
+// works makes a host a proven one.
+func (r *rig) works(dest matrix.ServerName) {
+	r.t.Helper()
+	r.profile(dest, -1)
+	op := r.sent().Op
+	r.step(Connected{op})
+	r.answer(op, 200)
+}
+
+func (r *rig) answer(op OpID, status int) {
+	r.t.Helper()
+	r.step(Answered{Op: op, Status: status})
+	r.step(Done{Op: op, Size: 100, Kept: true})
+}
+
+func TestEqualRequestsShareOneAttempt(t *testing.T) {
+	r := newRig(t, nil)
+	a := r.profile("h.test", 1)
+	op := r.sent().Op
+	b := r.profile("h.test", 1)
+	r.one("the second waits with the first, its body is freed", reflect.DeepEqual(r.last, []Effect{Free{b}}))
+	r.step(Connected{op})
+	r.step(Answered{Op: op, Status: 200})
+	r.one("both are answered", reflect.DeepEqual(of[Reply](r.last), []Reply{{a, op}, {b, op}}))
+	c := r.profile("h.test", 1)
+	r.one("a third joins while the body is on its way", reflect.DeepEqual(of[Reply](r.last), []Reply{{c, op}}))
+	r.step(Done{Op: op, Size: 100, Kept: true})
+	d := r.profile("h.test", 1)
+	r.one("a fourth is answered from the cache", reflect.DeepEqual(of[Reply](r.last), []Reply{{d, op}}))
+	if s := r.m.stats; s.Attempts != 1 || s.Shared != 2 || s.CacheHits != 1 {
+		t.Errorf("attempts %d, shared %d, cache hits %d; want 1, 2, 1", s.Attempts, s.Shared, s.CacheHits)
+	}
+}
+
+func TestClaimsAreNeverSharedNorRepeated(t *testing.T) {
+	r := newRig(t, nil)
+	r.works("h.test")
+	const claim = "/_matrix/federation/v1/user/keys/claim"
+	r.get("h.test", "POST", claim)
+	first := r.sent().Op
+	r.get("h.test", "POST", claim)
+	second := r.sent().Op
+	r.step(Answered{Op: first, Status: 429, RetryAfter: time.Second})
+	r.one("a 429 is passed on", len(of[Reply](r.last)) == 1)
+	r.step(Done{Op: first, Kept: true})
+	r.step(Answered{Op: second, Status: 200})
+	r.step(Done{Op: second, Kept: true})
+	r.pass(5 * time.Second)
+	r.get("h.test", "POST", claim)
+	r.one("a third is sent, not answered from a cache", len(of[Send](r.last)) == 1)
+	if got := len(of[Send](r.all)); got != 4 { // one made the host a proven one
+		t.Errorf("%d attempts, want 4", got)
+	}
+}
+
+func TestFirstRequestToAHostIsThePreflightOfTheOthers(t *testing.T) {
+	r := newRig(t, nil)
+	r.profile("h.test", 1)
+	op := r.sent().Op
+	r.profile("h.test", 2)
+	r.profile("h.test", 3)
+	r.one("the others wait", len(of[Send](r.last)) == 0)
+	r.step(Connected{op})
+	r.one("the connection lets the next one go; lookups use two of four places", len(of[Send](r.last)) == 1)
+}
+
+func TestDeadHostAnswersItsWholeQueueAtOnce(t *testing.T) {
+	r := newRig(t, nil)
+	r.profile("h.test", 1)
+	op := r.sent().Op
+	r.profile("h.test", 2)
+	r.get("h.test", "GET", "/_matrix/federation/v1/user/devices/u")
+	r.step(Done{Op: op, Failure: matrix.FailRefused, Detail: "dial"})
+	refused := of[Refuse](r.last)
+	r.one("all three are refused", len(refused) == 3)
+	for _, e := range refused {
+		if e.Status != 502 || e.Code != matrix.MUnknown || !strings.Contains(e.Text, "h.test") || !strings.Contains(e.Text, "connection refused") {
+			t.Errorf("refused with %+v", e)
+		}
+	}
+	r.profile("h.test", 4)
+	r.one("a fourth is refused at once", len(of[Refuse](r.last)) == 1 && len(of[Send](r.last)) == 0)
+	r.one("and told when the next try is", strings.Contains(of[Refuse](r.last)[0].Text, "next try in"))
+}
+
+func TestFailingHostIsTriedOnlyAfterItsIntentIsOnDisk(t *testing.T) {
+	r := newRig(t, nil)
+	r.profile("h.test", 1)
+	r.step(Done{Op: r.sent().Op, Failure: matrix.FailRefused})
+	first := of[Commit](r.last)
+	r.one("the failure is stored", len(first) == 1 && first[0].Hosts[0].Failures == 1 && first[0].Hosts[0].NextTry > r.now)
+	r.step(Committed{Batch: first[0].Batch, OK: true})
+	r.pass(7 * time.Second)
+	r.profile("h.test", 2)
+	intent := of[Commit](r.last)
+	r.one("the intent is stored before the attempt", len(intent) == 1 && len(of[Send](r.last)) == 0)
+	if h := intent[0].Hosts[0]; h.Failures != 2 || h.NextTry.Sub(r.now) < 12*time.Second || h.LastTry != r.now {
+		t.Errorf("the intent is %+v", h)
+	}
+	r.step(Committed{Batch: intent[0].Batch, OK: true})
+	r.step(Connected{r.sent().Op})
+	r.answer(of[Send](r.all)[1].Op, 200)
+	r.profile("h.test", 3)
+	r.one("it works again", len(of[Send](r.last)) == 1)
+}
+
+func TestJoinTriesAHostThatIsBackingOff(t *testing.T) {
+	r := newRig(t, nil)
+	const join = "/_matrix/federation/v1/make_join/r/u?ver=10"
+	r.get("h.test", "GET", join+"1")
+	r.step(Done{Op: r.sent().Op, Failure: matrix.FailNoName})
+	r.step(Committed{Batch: of[Commit](r.last)[0].Batch, OK: true})
+	r.pass(10 * time.Second)
+	r.get("h.test", "GET", join+"2")
+	r.one("not after ten seconds", len(of[Refuse](r.last)) == 1)
+	r.pass(25 * time.Second)
+	r.profile("h.test", 1)
+	r.one("not for a lookup", len(of[Refuse](r.last)) == 1)
+	r.get("h.test", "GET", join+"3")
+	r.one("but after half a minute for a join", len(of[Commit](r.last)) == 1 && len(of[Refuse](r.last)) == 0)
+}
+
+func TestOldAnswerIsBetterThanNone(t *testing.T) {
+	r := newRig(t, nil)
+	r.works("h.test") // profile -1 is cached
+	op := of[Send](r.all)[0].Op
+	r.pass(20 * time.Minute)
+	r.profile("h.test", -1)
+	second := r.sent().Op
+	r.step(Done{Op: second, Failure: matrix.FailRefused})
+	r.one("when the attempt fails", reflect.DeepEqual(of[Reply](r.last), []Reply{{2, op}}))
+	r.profile("h.test", -1)
+	r.one("and while the host is backing off", reflect.DeepEqual(of[Reply](r.last), []Reply{{3, op}}))
+	r.pass(2 * time.Hour)
+	r.profile("h.test", -1)
+	for _, c := range of[Commit](r.all) {
+		if _, under := r.m.commits[c.Batch]; under {
+			r.step(Committed{Batch: c.Batch, OK: true})
+		}
+	}
+	third := r.sent().Op
+	r.step(Done{Op: third, Failure: matrix.FailRefused})
+	r.one("but not for ever", len(of[Reply](r.last)) == 0 && len(of[Refuse](r.last)) == 1)
+}
+
+func TestRateLimitIsHonouredWithinTheCallersTime(t *testing.T) {
+	r := newRig(t, nil)
+	r.works("h.test")
+	r.profile("h.test", 1)
+	op := r.sent().Op
+	r.step(Answered{Op: op, Status: 429, RetryAfter: 3 * time.Second})
+	r.one("nobody is answered yet", len(of[Reply](r.last)) == 0)
+	r.step(Done{Op: op, Kept: true})
+	r.profile("h.test", 2)
+	r.one("and nothing is sent", len(of[Send](r.last)) == 0)
+	start := r.now
+	r.pass(2990 * time.Millisecond)
+	r.one("until the remote's time is over", len(of[Send](r.all)) == 2)
+	r.pass(20 * time.Millisecond)
+	if sends := of[Send](r.all); len(sends) != 4 {
+		t.Fatalf("%d attempts %s after the 429, want both requests on their way", len(sends), r.now.Sub(start))
+	}
+}
+
+func TestRateLimitLongerThanTheCallersTimeIsPassedOn(t *testing.T) {
+	r := newRig(t, nil)
+	r.works("h.test")
+	r.profile("h.test", 1)
+	op := r.sent().Op
+	r.step(Answered{Op: op, Status: 429, RetryAfter: time.Minute})
+	r.one("the 429 is passed on", len(of[Reply](r.last)) == 1)
+	r.step(Done{Op: op, Kept: true})
+	r.profile("h.test", 2)
+	e := of[Refuse](r.last)
+	r.one("another request is told at once", len(e) == 1 && e[0].Status == 429 && e[0].Code == matrix.MLimitExceeded && e[0].RetryAfter > 59_000)
+}
+
+func TestRequestsAreAnsweredJustBeforeTheirCallerGivesUp(t *testing.T) {
+	for _, tt := range []struct {
+		method, target string
+		after          time.Duration
+	}{
+		{"GET", "/_matrix/federation/v1/query/profile?user_id=u", 9500 * time.Millisecond},
+		{"GET", "/_matrix/federation/v1/make_join/r/u", 19 * time.Second},
+		{"PUT", "/_matrix/federation/v1/send/1", 59 * time.Second},
+		{"GET", "/_matrix/federation/v1/state/r?event_id=e", 599 * time.Second},
+	} {
+		r := newRig(t, nil)
+		r.get("h.test", tt.method, tt.target)
+		op := r.sent().Op
+		r.step(Connected{op})
+		r.pass(tt.after - time.Millisecond)
+		r.one(tt.target+" is not answered early", len(of[Refuse](r.all)) == 0)
+		r.pass(time.Millisecond)
+		e := of[Refuse](r.all)
+		if len(e) != 1 || e[0].Status != 504 || !strings.Contains(e[0].Text, "has not answered in time") {
+			t.Errorf("%s: refused with %+v", tt.target, e)
+		}
+		r.one("the attempt is given up", len(of[Cancel](r.all)) == 1)
+		r.step(Done{Op: op, Failure: matrix.FailCancelled})
+	}
+}
+
+func TestCallerThatGoesCancelsOnlyWhatMayBeCancelled(t *testing.T) {
+	r := newRig(t, nil)
+	r.works("h.test")
+	a := r.profile("h.test", 1)
+	op := r.sent().Op
+	b := r.profile("h.test", 1)
+	r.step(Gone{a})
+	r.one("another still waits", len(of[Cancel](r.last)) == 0)
+	r.step(Gone{b})
+	r.one("nobody waits for a lookup", reflect.DeepEqual(of[Cancel](r.last), []Cancel{{op}}))
+	r.profile("h.test", 1)
+	r.one("who asks now gets an attempt of its own", len(of[Send](r.last)) == 1)
+	r.step(Done{Op: op, Failure: matrix.FailCancelled})
+
+	c := r.get("h.test", "PUT", "/_matrix/federation/v2/send_join/r/e")
+	join := r.sent().Op
+	r.step(Gone{c})
+	r.one("a join runs on", len(of[Cancel](r.last)) == 0)
+	r.pass(time.Minute)
+	r.one("until its caller would have given up", len(of[Cancel](r.all)) == 3) // the lookup's second attempt was given up before
+	r.one("and nobody is answered", len(of[Refuse](r.all)) == 1)               // the lookup that nobody answered
+	r.step(Done{Op: join, Failure: matrix.FailCancelled})
+	r.step(Gone{999})
+	r.one("a request that was answered meanwhile", len(r.last) == 0)
+}
+
+// A join finds a worker while slow lookups and presence hold all they may.
+func TestJoinGoesFirst(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.Workers, c.Unknown, c.Failing = 16, 16, 1 })
+	for i := range 100 {
+		r.get(matrix.ServerName(fmt.Sprintf("p%d.test", i)), "PUT", "/_matrix/federation/v1/send/1")
+		r.profile(matrix.ServerName(fmt.Sprintf("l%d.test", i)), 1)
+	}
+	if used := r.m.workers.Used; used < 12 || used > 15 {
+		t.Errorf("lookups and events hold %d of 16 workers", used)
+	}
+	r.get("j.test", "GET", "/_matrix/federation/v1/make_join/r/u")
+	r.one("the join is sent at once", len(of[Send](r.last)) == 1)
+}
+
+// Under a flood of one class, every other still gets its turns.
+func TestNoClassStarves(t *testing.T) {
+	r := newRig(t, func(c *Config) {
+		c.Workers, c.Unknown, c.Failing = 8, 8, 1
+		c.HostRate, c.HostBurst = 1e6, 1000
+		c.CacheEntries = 0
+	})
+	targets := map[matrix.Class][2]string{
+		matrix.ClassJoin:   {"GET", "/_matrix/federation/v1/make_join/r/u%d"},
+		matrix.ClassEvent:  {"GET", "/_matrix/federation/v1/event/e%d"},
+		matrix.ClassKey:    {"GET", "/_matrix/key/v2/query/s%d"},
+		matrix.ClassDevice: {"GET", "/_matrix/federation/v1/user/devices/u%d"},
+		matrix.ClassLookup: {"GET", "/_matrix/federation/v1/query/profile?user_id=%d"},
+		matrix.ClassState:  {"GET", "/_matrix/federation/v1/backfill/r?v=%d"},
+	}
+	running := map[OpID]bool{}
+	note := func() {
+		for _, s := range of[Send](r.last) {
+			running[s.Op] = true
+		}
+	}
+	order := []matrix.Class{matrix.ClassJoin, matrix.ClassEvent, matrix.ClassKey, matrix.ClassDevice, matrix.ClassLookup, matrix.ClassState}
+	for i := range 600 {
+		for _, c := range order {
+			r.get(matrix.ServerName(fmt.Sprintf("h%d.test", i)), targets[c][0], fmt.Sprintf(targets[c][1], i))
+			note()
+		}
+		for op := OpID(1); op <= r.m.nextOp && i%2 == 1; op++ {
+			if running[op] {
+				delete(running, op)
+				r.step(Answered{Op: op, Status: 200})
+				r.step(Done{Op: op})
+				note()
+				break
+			}
+		}
+		r.now = r.now.Add(time.Millisecond)
+	}
+	for _, c := range order {
+		if n := r.m.stats.Waits[c].Count; n == 0 {
+			t.Errorf("class %s had no turn of %d", c, r.m.stats.Attempts)
+		}
+	}
+	if j, s := r.m.stats.Waits[matrix.ClassJoin].Count, r.m.stats.Waits[matrix.ClassState].Count; j <= s {
+		t.Errorf("joins had %d turns, state %d", j, s)
+	}
+}
+
+func TestRequestsBeyondTheBoundAreRefused(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.MaxRequests, c.MaxHosts = 20, 200 })
+	for i := range 20 {
+		r.profile("h.test", i)
+	}
+	r.profile("h.test", 21)
+	e := of[Refuse](r.last)
+	r.one("the 21st is refused", len(e) == 1 && e[0].Status == 503)
+	r.profile("h.test", 1)
+	r.one("also one that could share", len(of[Refuse](r.last)) == 1)
+}
+
+func TestHostsBeyondTheBoundAreForgottenTheHealthyFirst(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.MaxRequests, c.MaxHosts, c.CacheEntries = 100, 250, 0 })
+	r.profile("dead.test", 1)
+	r.step(Done{Op: r.sent().Op, Failure: matrix.FailNoName})
+	for i := range 1000 {
+		r.works(matrix.ServerName(fmt.Sprintf("h%d.test", i)))
+		for b := range r.m.commits {
+			r.step(Committed{Batch: b, OK: true})
+		}
+	}
+	if len(r.m.hosts) != 250 || r.m.hosts["dead.test"] == nil {
+		t.Errorf("%d hosts are known, the dead one among them: %t", len(r.m.hosts), r.m.hosts["dead.test"] != nil)
+	}
+}
+
+func TestCacheKeepsToItsBounds(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.CacheEntries, c.CacheBytes, c.HostRate, c.HostBurst = 10, 20*sched.KiB, 1e6, 1000 })
+	r.works("h.test")
+	get := func(n int, size int64) {
+		r.profile("h.test", n)
+		op := r.sent().Op
+		r.step(Answered{Op: op, Status: 200})
+		r.step(Done{Op: op, Size: size, Kept: true})
+	}
+	for i := range 100 {
+		get(i, 10)
+	}
+	if n := r.m.cache.recent.Len(); n != 10 {
+		t.Errorf("%d entries, want 10", n)
+	}
+	for i := range 100 {
+		get(100+i, 3000)
+	}
+	if n := r.m.cache.recent.Len(); n != 5 {
+		t.Errorf("%d entries of 4,024 bytes within 20 KiB, want 5", n)
+	}
+	get(300, 6000)
+	if r.m.cache.get(r.m.cache.recent.Front().Value.(*entry).key).size == 6000+entryCost {
+		t.Error("an answer of more than a quarter of the cache was kept")
+	}
+	discards := len(of[Discard](r.all))
+	if sends := len(of[Send](r.all)); discards != sends-r.m.cache.recent.Len() {
+		t.Errorf("%d attempts, %d discarded, %d kept", sends, discards, r.m.cache.recent.Len())
+	}
+}
+
+func TestRestoredBackOffIsCutToTheLongest(t *testing.T) {
+	r := newRig(t, nil)
+	r.step(Restored{Hosts: []HostRecord{
+		{Name: "wild.test", Failures: 3, LastFailure: matrix.FailTLS, NextTry: r.now.Add(1000 * time.Hour), LastTry: r.now.Add(900 * time.Hour)},
+		{Name: "dead.test", Failures: 2, LastFailure: matrix.FailRefused, NextTry: r.now.Add(30 * time.Second)},
+	}})
+	for _, name := range []matrix.ServerName{"wild.test", "dead.test"} {
+		r.profile(name, 1)
+		r.one("its back-off has survived", len(of[Refuse](r.last)) == 1)
+	}
+	r.pass(31 * time.Second)
+	r.profile("dead.test", 2)
+	r.one("and ends", len(of[Commit](r.last)) == 1)
+	r.pass(24 * time.Hour)
+	r.profile("wild.test", 3)
+	r.one("even if the clock ran wild", len(of[Refuse](r.last)) == 0)
+}
+
+func TestGatewayErrorsInARowMakeAHostFail(t *testing.T) {
+	r := newRig(t, nil)
+	r.works("h.test")
+	for i := range softFailures {
+		r.profile("h.test", i)
+		r.answer(r.sent().Op, 503)
+	}
+	r.profile("h.test", 99)
+	e := of[Refuse](r.last)
+	r.one("it is left alone", len(e) == 1 && strings.Contains(e[0].Text, "status 503"))
+}
+
+func TestDrainedComesOnceAllWorkHasEnded(t *testing.T) {
+	r := newRig(t, nil)
+	r.profile("h.test", 1)
+	op := r.sent().Op
+	r.step(Draining{})
+	r.one("not yet", len(of[Drained](r.last)) == 0)
+	r.step(Connected{op})
+	r.answer(op, 200)
+	for b := range r.m.commits {
+		r.step(Committed{Batch: b, OK: true})
+	}
+	r.step(Tick{})
+	if n := len(of[Drained](r.all)); n != 1 {
+		t.Errorf("Drained came %d times", n)
+	}
+}
+
+func TestDetailIsCutBetweenCharacters(t *testing.T) {
+	for _, s := range []string{strings.Repeat("ä", 300), strings.Repeat("x", maxDetail-1) + "€", "short"} {
+		got := cut(s)
+		if len(got) > maxDetail || !strings.HasPrefix(s, got) || len(s) > maxDetail && len(got) < maxDetail-3 {
+			t.Errorf("%d bytes are cut to %d: %q", len(s), len(got), got)
+		}
+	}
+}
+
+func TestValidateNamesWhatIsWrong(t *testing.T) {
+	if err := Default().Validate(); err != nil {
+		t.Fatal(err)
+	}
+	for want, change := range map[string]func(*Config){
+		"workers":          func(c *Config) { c.Workers = 7 },
+		"unknown_hosts":    func(c *Config) { c.Unknown = c.Workers + 1 },
+		"failing_hosts":    func(c *Config) { c.Failing = 0 },
+		"host_concurrency": func(c *Config) { c.HostConcurrency = 0 },
+		"host_rate":        func(c *Config) { c.HostRate = 0 },
+		"host_burst":       func(c *Config) { c.HostBurst = 0 },
+		"max_requests":     func(c *Config) { c.MaxRequests = 0 },
+		"max_hosts":        func(c *Config) { c.MaxHosts = c.MaxRequests + int32(c.Workers) },
+		"cache":            func(c *Config) { c.CacheBytes = -1 },
+	} {
+		c := Default()
+		change(&c)
+		if err := c.Validate(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", want, err)
+		}
+	}
+}
+
+// BenchmarkLookup is one lookup from arrival to end at a host that is known.
+func BenchmarkLookup(b *testing.B) {
+	cfg := Default()
+	cfg.HostRate, cfg.HostBurst, cfg.CacheEntries = 1e9, 1<<30, 0
+	m := New(cfg, rand.New(rand.NewPCG(1, 2)))
+	ep := matrix.Match("GET", "/_matrix/federation/v1/query/profile?user_id=u")
+	now := sched.FromWall(1_800_000_000_000)
+	var out []Effect
+	b.ReportAllocs()
+	for i := range b.N {
+		now++
+		a := Arrived{Req: ReqID(i + 1), Dest: "h.test", Endpoint: ep, Class: ep.Class, Received: now}
+		a.Key[0], a.Key[1], a.Key[2], a.Key[3] = byte(i), byte(i>>8), byte(i>>16), byte(i>>24)
+		out = m.Step(now, a, out[:0])
+		op := out[len(out)-1].(Send).Op
+		out = m.Step(now, Answered{Op: op, Status: 200}, out[:0])
+		out = m.Step(now, Done{Op: op, Size: 100, Kept: true}, out[:0])
+	}
+}

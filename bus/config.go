@@ -1,0 +1,172 @@
+package bus
+
+import (
+	"fmt"
+	"time"
+
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// Config bounds what the core may do. The zero value allows nothing; start
+// from Default.
+type Config struct {
+	// Workers is how many attempts may run at a time, all hosts together.
+	Workers sched.Slots
+	// Unknown is how many of them may go to hosts that have not yet answered,
+	// Failing to hosts whose last attempt failed. An eighth of Workers is
+	// always left to these two, the rest is for hosts that are known to work.
+	Unknown sched.Slots
+	Failing sched.Slots
+
+	// HostConcurrency is how many attempts at one host may run at a time. A
+	// join may use all of them, keys, events and devices one less, lookups two
+	// less, state and backfill three less, but each at least one. Synapse
+	// works on 3 requests of one origin at a time and queues 50 more
+	// (rc_federation in synapse/config/ratelimiting.py).
+	HostConcurrency int32
+	// HostRate is how many attempts at one host may start in a second, with
+	// HostBurst at once. Joins and events do not wait for it, but count.
+	// Synapse delays an origin that sends more than 10 in a second
+	// (rc_federation), transactions aside.
+	HostRate  float64
+	HostBurst int32
+
+	// MaxRequests is how many requests of the homeserver may be waiting or
+	// running; the front accepts no more than that.
+	MaxRequests int32
+	// MaxHosts is how many destinations are remembered. It must be above
+	// MaxRequests plus Workers, so that there is always one that may be
+	// forgotten.
+	MaxHosts int32
+
+	// CacheEntries and CacheBytes bound the answers that are kept for equal
+	// requests to come. 0 keeps none.
+	CacheEntries int32
+	CacheBytes   sched.Bytes
+}
+
+// Default returns the limits that suit a board with four small cores.
+func Default() Config {
+	return Config{
+		Workers:         128,
+		Unknown:         96,
+		Failing:         16,
+		HostConcurrency: 4,
+		HostRate:        10,
+		HostBurst:       10,
+		MaxRequests:     5000,
+		MaxHosts:        10000,
+		CacheEntries:    2000,
+		CacheBytes:      2 * sched.MiB,
+	}
+}
+
+// Validate reports the first limit that makes no sense or contradicts another.
+func (c Config) Validate() error {
+	switch {
+	case c.Workers < 8:
+		return fmt.Errorf("workers is %d, at least 8 are needed", c.Workers)
+	case c.Unknown < 1 || c.Unknown > c.Workers:
+		return fmt.Errorf("unknown_hosts is %d, it must be between 1 and workers (%d)", c.Unknown, c.Workers)
+	case c.Failing < 1 || c.Failing > c.Workers:
+		return fmt.Errorf("failing_hosts is %d, it must be between 1 and workers (%d)", c.Failing, c.Workers)
+	case c.HostConcurrency < 1:
+		return fmt.Errorf("host_concurrency is %d, at least 1 is needed", c.HostConcurrency)
+	case !(c.HostRate > 0):
+		return fmt.Errorf("host_rate is %v, it must be above 0", c.HostRate)
+	case c.HostBurst < 1:
+		return fmt.Errorf("host_burst is %d, at least 1 is needed", c.HostBurst)
+	case c.MaxRequests < 1:
+		return fmt.Errorf("max_requests is %d, at least 1 is needed", c.MaxRequests)
+	case int64(c.MaxHosts) <= int64(c.MaxRequests)+int64(c.Workers):
+		return fmt.Errorf("max_hosts is %d, it must be above the sum of connections (%d) and workers (%d)", c.MaxHosts, c.MaxRequests, c.Workers)
+	case c.CacheEntries < 0 || c.CacheBytes < 0:
+		return fmt.Errorf("the cache's limits are %d entries and %d bytes, neither may be negative", c.CacheEntries, c.CacheBytes)
+	}
+	return nil
+}
+
+// What the classes get. A class gets turns in proportion to its weight, and
+// together with all classes below it may hold no more than its share of the
+// workers (and of those for unknown and for failing hosts): so a flood of slow
+// presence transactions leaves workers for the lookups behind which a person
+// waits, and those leave workers for a join.
+var classes = [matrix.NumClasses + 1]struct {
+	weight int32
+	share  int64 // thousandths
+	spare  int32 // of HostConcurrency, left to better classes
+}{
+	0:                    {weight: 1, share: 0},
+	matrix.ClassJoin:     {weight: 32, share: 1000, spare: 0},
+	matrix.ClassEvent:    {weight: 16, share: 900, spare: 1},
+	matrix.ClassKey:      {weight: 16, share: 900, spare: 1},
+	matrix.ClassDevice:   {weight: 8, share: 900, spare: 1},
+	matrix.ClassLookup:   {weight: 4, share: 750, spare: 2},
+	matrix.ClassPresence: {weight: 2, share: 500, spare: 2},
+	matrix.ClassState:    {weight: 1, share: 330, spare: 3},
+}
+
+const (
+	// ageStep is how long the first request of a class waits before it may
+	// take the turn of the next better class, twice that for the one above,
+	// and so on. Never a join's.
+	ageStep = 2 * time.Second
+
+	// margin is how long before the caller's time-out the bus answers, so that
+	// the answer arrives in time.
+	maxMargin = time.Second
+
+	// provenFor is how long after its last success a host still counts as
+	// proven.
+	provenFor = 24 * time.Hour
+
+	// probeAgain is how long after the last attempt a request of class join
+	// may try a host that is backing off: a person is waiting for it.
+	probeAgain = 30 * time.Second
+
+	// keepSuccess is how old the stored success of a host may be before it is
+	// stored again. It keeps writes to an SD card few.
+	keepSuccess = 6 * time.Hour
+
+	// pause is how long a host is left alone after a 429 that does not say.
+	pause = time.Second
+
+	// softFailures is how many gateway errors or unanswered requests in a row
+	// make a host a failing one. One alone may be the request's own fault.
+	softFailures = 3
+
+	// forgetScan is how many idle hosts are looked at for one to forget.
+	forgetScan = 64
+
+	// maxDetail bounds the text kept of a failure, in bytes.
+	maxDetail = 200
+)
+
+// backoffs says how long a host is left alone. What our own network may have
+// caused is tried again sooner; what needs somebody at the remote's side, such
+// as a name or a certificate, later.
+var backoffs = [matrix.NumFailures]sched.Backoff{
+	matrix.FailRefused:     {First: 5 * time.Second, Factor: 3, Cap: time.Hour},
+	matrix.FailUnreachable: {First: 5 * time.Second, Factor: 2, Cap: 5 * time.Minute},
+	matrix.FailNoName:      {First: 5 * time.Minute, Factor: 4, Cap: 24 * time.Hour},
+	matrix.FailDNS:         {First: 5 * time.Second, Factor: 2, Cap: 5 * time.Minute},
+	matrix.FailTLS:         {First: time.Minute, Factor: 4, Cap: 12 * time.Hour},
+	matrix.FailTimeout:     {First: 10 * time.Second, Factor: 3, Cap: time.Hour},
+	matrix.FailReset:       {First: 5 * time.Second, Factor: 3, Cap: 30 * time.Minute},
+	matrix.FailCut:         {First: 5 * time.Second, Factor: 3, Cap: 30 * time.Minute},
+	matrix.FailProtocol:    {First: time.Minute, Factor: 4, Cap: 12 * time.Hour},
+	matrix.FailBlocked:     {First: 10 * time.Minute, Factor: 1, Cap: 10 * time.Minute},
+}
+
+// gatewayBackoff is for answers of a gateway in front of the remote.
+var gatewayBackoff = sched.Backoff{First: 10 * time.Second, Factor: 2, Cap: 10 * time.Minute}
+
+// maxBackoff is the longest of all; what the store gives back is cut to it.
+const maxBackoff = 24 * time.Hour
+
+// deadline returns when the bus must have answered a request.
+func deadline(a Arrived) sched.Time {
+	t := a.Endpoint.Timeout
+	return a.Received.Add(t - min(maxMargin, t/20))
+}

@@ -1,0 +1,231 @@
+package bus
+
+import (
+	"fmt"
+	"time"
+
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// lane is a set of workers for hosts of one rank, with the hosts that have
+// something to send and may send it, by class. A host stands in each list at
+// most once; an entry may be out of date and is checked when its turn comes.
+type lane struct {
+	slots   sched.Gauge
+	running [matrix.NumClasses + 1]sched.Slots
+	ready   [matrix.NumClasses + 1]sched.FIFO[*host]
+}
+
+// enqueue puts a new call into its host's queue.
+func (m *Machine) enqueue(c *call) {
+	h := c.host
+	h.queue[c.class].Push(c)
+	h.waiting[c.class]++
+	m.touch(h)
+	m.ready(h)
+}
+
+// compact drops calls that ended while they waited, once they are many.
+func (h *host) compact(class matrix.Class) {
+	q := &h.queue[class]
+	if q.Len() < 2*int(h.waiting[class])+16 {
+		return
+	}
+	for range q.Len() {
+		if c, _ := q.Pop(); c.phase == phaseWaiting {
+			q.Push(c)
+		}
+	}
+}
+
+// head returns the first live call of a class without removing it.
+func (h *host) head(class matrix.Class) *call {
+	for {
+		c, ok := h.queue[class].Peek()
+		if !ok || c.phase == phaseWaiting {
+			return c
+		}
+		h.queue[class].Pop()
+	}
+}
+
+// ready puts the host on the lists of its lane for each class that it may now
+// send in, and sets its timer if it must wait.
+func (m *Machine) ready(h *host) {
+	var wake sched.Time
+	for class := matrix.Class(1); class <= matrix.NumClasses; class++ {
+		if h.waiting[class] == 0 {
+			continue
+		}
+		ok, again := h.mayRun(class, m.cfg, m.now)
+		if !ok {
+			if again != 0 && (wake == 0 || again < wake) {
+				wake = again
+			}
+			continue
+		}
+		if l := h.lane(m.now); h.listed[class] != l {
+			h.listed[class] = l
+			m.lanes[l].ready[class].Push(h)
+		}
+	}
+	if wake != 0 && (h.timer == nil || h.timer.At > wake) {
+		m.timers.Stop(h.timer)
+		h.timer = m.timers.Set(wake, timer{host: h})
+	}
+}
+
+// peek returns the call whose turn is next in a class of a lane, dropping
+// entries that are out of date.
+func (m *Machine) peek(l laneID, class matrix.Class) *call {
+	q := &m.lanes[l].ready[class]
+	for {
+		h, ok := q.Peek()
+		if !ok {
+			return nil
+		}
+		if h.listed[class] == l {
+			if c := h.head(class); c != nil && h.lane(m.now) == l {
+				if ok, _ := h.mayRun(class, m.cfg, m.now); ok {
+					return c
+				}
+			}
+			h.listed[class] = numLanes
+			q.Pop()
+			m.ready(h) // it may belong on another list, or wait for a moment
+			continue
+		}
+		q.Pop()
+	}
+}
+
+// room reports whether a class may take one more of limit workers, given how
+// many each class holds: it and each better class, with all that is below
+// them, must keep to their shares, so that the rest stays free.
+func room(class matrix.Class, running *[matrix.NumClasses + 1]sched.Slots, limit sched.Slots) bool {
+	var held sched.Slots
+	for d := matrix.Class(matrix.NumClasses); d >= 1; d-- {
+		held += running[d]
+		if d <= class && held >= max(1, sched.Slots(int64(limit)*classes[d].share/1000)) {
+			return false
+		}
+	}
+	return true
+}
+
+// candidate returns the next call of a class for which a worker is free.
+func (m *Machine) candidate(class matrix.Class) *call {
+	if m.workers.Free() == 0 || !room(class, &m.running, m.workers.Limit) {
+		return nil
+	}
+	for l := range numLanes {
+		if ln := &m.lanes[l]; ln.slots.Free() > 0 && room(class, &ln.running, ln.slots.Limit) {
+			if c := m.peek(l, class); c != nil {
+				return c
+			}
+		}
+	}
+	return nil
+}
+
+// dispatch starts calls while workers are free and calls may run.
+func (m *Machine) dispatch() {
+	for m.workers.Free() > 0 {
+		var next [matrix.NumClasses + 1]*call
+		var wanting uint32
+		for class := matrix.Class(1); class <= matrix.NumClasses; class++ {
+			if next[class] = m.candidate(class); next[class] != nil {
+				wanting |= 1 << class
+			}
+		}
+		turn := m.turns.Pick(wanting)
+		if turn < 0 {
+			return
+		}
+		c := next[turn]
+		// Whoever has waited for long may ride on a better class's turn.
+		for class := turn + 1; turn > int(matrix.ClassJoin) && class < len(next); class++ {
+			old := next[class]
+			if old != nil && old.queued < c.queued && m.now.Sub(old.queued) >= ageStep*time.Duration(class-turn) {
+				c = old
+				m.stats.Aged++
+			}
+		}
+		m.begin(c)
+	}
+}
+
+// begin gives a worker to the call, which is the first of its host's queue.
+func (m *Machine) begin(c *call) {
+	h := c.host
+	got, _ := h.queue[c.class].Pop()
+	if got != c {
+		panic(fmt.Sprintf("bus: the call to start at %s is not the first of its queue", h.Name))
+	}
+	h.waiting[c.class]--
+	c.lane = h.lane(m.now)
+	// Behind the others of its list: each host has its turn.
+	q := &m.lanes[c.lane].ready[c.class]
+	q.Pop()
+	h.listed[c.class] = numLanes
+
+	h.limiter.ReserveN(m.now.Std(), 1) // joins and events may leave the others in debt
+	h.inUse++
+	h.running[c.class]++
+	m.hold(c)
+	m.stats.waited(c.class, m.now.Sub(c.queued))
+	m.touch(h)
+	m.ready(h)
+	if h.Failures == 0 || h.reachable {
+		m.start(c)
+		return
+	}
+	// A failing host: what a crash in the middle of the attempt must not undo
+	// is on disk before the attempt.
+	h.LastTry = m.now
+	intent := h.HostRecord
+	intent.Failures++
+	intent.NextTry = m.now.Add(m.delay(intent.Failures, h.LastFailure))
+	h.NextTry = intent.NextTry
+	c.phase = phaseIntent
+	m.commit([]HostRecord{intent}, commit{call: c})
+}
+
+// start sends the call, unless nobody waits for it any more.
+func (m *Machine) start(c *call) {
+	h := c.host
+	if len(c.waiters) == 0 {
+		m.release(c)
+		h.inUse--
+		h.running[c.class]--
+		m.end(c)
+		m.touch(h)
+		m.ready(h)
+		return
+	}
+	m.nextOp++
+	c.op = m.nextOp
+	c.phase = phaseRunning
+	c.started = m.now
+	c.connected = h.reachable
+	m.ops[c.op] = c
+	m.stats.Attempts++
+	m.emit(Send{Op: c.op, Req: c.leader, Dest: h.Name})
+}
+
+func (m *Machine) hold(c *call) {
+	m.workers.Take()
+	m.running[c.class]++
+	ln := &m.lanes[c.lane]
+	ln.slots.Take()
+	ln.running[c.class]++
+}
+
+func (m *Machine) release(c *call) {
+	m.workers.Give()
+	m.running[c.class]--
+	ln := &m.lanes[c.lane]
+	ln.slots.Give()
+	ln.running[c.class]--
+}

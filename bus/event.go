@@ -1,0 +1,107 @@
+package bus
+
+import (
+	"time"
+
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// ReqID names one request of the homeserver; the shell chooses it and never
+// uses it twice.
+type ReqID uint64
+
+// OpID names one attempt at a remote server; the core chooses it and never
+// uses it twice.
+type OpID uint64
+
+// BatchID names one commit; the core chooses it and never uses it twice.
+type BatchID uint64
+
+// Key tells equal requests: a hash over destination, method, request target
+// and body.
+type Key [32]byte
+
+// Event is something that happened outside the core. The set is closed.
+type Event interface{ event() }
+
+// Arrived: the homeserver sent a request, which the shell has read in full and
+// holds under its Req until Free.
+type Arrived struct {
+	Req      ReqID
+	Dest     matrix.ServerName
+	Endpoint *matrix.Endpoint
+	Class    matrix.Class // the endpoint's, or by content for transactions
+	Key      Key
+	Received sched.Time // when its head was read; the caller's time-out runs from here
+}
+
+// Gone: the homeserver closed the connection of a request that has not been
+// answered yet.
+type Gone struct{ Req ReqID }
+
+// Connected: an attempt has a new connection to its remote, handshake done.
+// It comes at most once for an Op, before Answered and Done, and not at all
+// when a connection that was open already is used.
+type Connected struct{ Op OpID }
+
+// Answered: the headers of the remote's answer are there. Its body may still
+// be on the way. At most once for an Op, before Done.
+type Answered struct {
+	Op         OpID
+	Status     int
+	RetryAfter time.Duration // how long the remote asks to be left alone, 0 if it does not
+}
+
+// Done: an attempt is over; exactly one comes for each Send.
+type Done struct {
+	Op      OpID
+	Failure matrix.Failure // FailNone when the whole answer has arrived
+	Detail  string         // what went wrong, for people
+	Size    int64          // body bytes received
+	Kept    bool           // the whole body is in memory, so it may be cached
+}
+
+// Committed: a commit is on disk, or could not be written. Exactly one comes
+// for each Commit.
+type Committed struct {
+	Batch BatchID
+	OK    bool
+}
+
+// Restored: what the store knew when the process started. It comes first, once.
+type Restored struct{ Hosts []HostRecord }
+
+// Reconfigured: new limits, already validated.
+type Reconfigured struct{ Config Config }
+
+// Draining: the process wants to end; no Arrived follows.
+type Draining struct{}
+
+// Tick: the moment that NextWake named has come.
+type Tick struct{}
+
+func (Arrived) event()      {}
+func (Gone) event()         {}
+func (Connected) event()    {}
+func (Answered) event()     {}
+func (Done) event()         {}
+func (Committed) event()    {}
+func (Restored) event()     {}
+func (Reconfigured) event() {}
+func (Draining) event()     {}
+func (Tick) event()         {}
+
+// HostRecord is what is kept of a destination over a restart. Times are the
+// bus's; zero is "never".
+type HostRecord struct {
+	Name         matrix.ServerName
+	Failures     int32 // in a row
+	LastFailure  matrix.Failure
+	LastStatus   int    // of the last answer, 0 when there was none
+	Detail       string // of the last failure
+	FirstFailure sched.Time
+	LastTry      sched.Time
+	NextTry      sched.Time
+	LastSuccess  sched.Time
+}

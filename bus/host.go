@@ -1,0 +1,260 @@
+package bus
+
+import (
+	"fmt"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// laneID says which workers a host's requests may use: a misbehaving host
+// cannot take one that a well-behaved host could use.
+type laneID uint8
+
+const (
+	laneProven  laneID = iota // answered within the last day
+	laneUnknown               // not yet
+	laneFailing               // the last attempt failed
+	numLanes
+)
+
+func (l laneID) String() string { return [numLanes]string{"proven", "unknown", "failing"}[l] }
+
+// host is one destination.
+type host struct {
+	HostRecord
+	limiter     *rate.Limiter
+	pausedUntil sched.Time // the remote asked for it (429)
+	soft        int32      // gateway errors and unanswered requests in a row
+	reachable   bool       // a handshake succeeded since the last failure
+
+	queue   [matrix.NumClasses + 1]sched.FIFO[*call] // may hold dropped calls
+	waiting [matrix.NumClasses + 1]int32             // live ones in queue
+	listed  [matrix.NumClasses + 1]laneID            // the ready list it is on, numLanes if none
+	running [matrix.NumClasses + 1]int32
+	inUse   int32 // attempts running or about to
+
+	timer      *sched.Timer[timer]
+	stored     sched.Time // when the record was last stored
+	dirty      bool
+	prev, next *host // in the idle list
+	isIdle     bool
+}
+
+func (m *Machine) newHost(name matrix.ServerName) *host {
+	if len(m.hosts) >= int(m.cfg.MaxHosts) {
+		m.forgetHost()
+	}
+	h := &host{limiter: rate.NewLimiter(0, 0)}
+	h.Name = name
+	h.limit(m.cfg)
+	for c := range h.listed {
+		h.listed[c] = numLanes
+	}
+	m.hosts[name] = h
+	m.idle.push(h)
+	return h
+}
+
+// limit sets the host's rate.
+func (h *host) limit(cfg Config) {
+	h.limiter.SetLimit(rate.Limit(cfg.HostRate))
+	h.limiter.SetBurst(int(cfg.HostBurst))
+}
+
+// forgetHost makes room by dropping a host that has long been idle, rather one
+// that works than one whose back-off would be lost. A host whose record is
+// about to be written stays.
+func (m *Machine) forgetHost() {
+	var victim *host
+	for h, seen := m.idle.first, 0; h != nil && seen < forgetScan; h = h.next {
+		if h.dirty {
+			continue
+		}
+		seen++
+		if victim == nil {
+			victim = h
+		}
+		if h.Failures == 0 {
+			victim = h
+			break
+		}
+	}
+	if victim == nil {
+		panic(fmt.Sprintf("bus: none of %d hosts can be forgotten: %d requests, %d attempts, %d records to write", len(m.hosts), len(m.reqs), len(m.ops), len(m.dirty)))
+	}
+	m.idle.remove(victim)
+	m.timers.Stop(victim.timer)
+	delete(m.hosts, victim.Name)
+	m.stats.HostsForgotten++
+}
+
+// touch keeps the idle list true after the host's work has changed.
+func (m *Machine) touch(h *host) {
+	idle := h.inUse == 0 && h.allWaiting() == 0
+	if idle == h.isIdle {
+		return
+	}
+	if idle {
+		m.idle.push(h)
+	} else {
+		m.idle.remove(h)
+	}
+}
+
+func (h *host) allWaiting() (n int32) {
+	for _, w := range h.waiting {
+		n += w
+	}
+	return n
+}
+
+// lane returns which workers the host's next attempt uses.
+func (h *host) lane(now sched.Time) laneID {
+	switch {
+	case h.Failures > 0 && !h.reachable:
+		return laneFailing
+	case h.reachable || h.LastSuccess != 0 && now.Sub(h.LastSuccess) < provenFor:
+		return laneProven
+	}
+	return laneUnknown
+}
+
+// backingOff reports whether the host is to be left alone, with nothing on the
+// way that could tell that it is back.
+func (h *host) backingOff(now sched.Time) bool {
+	return h.Failures > 0 && h.inUse == 0 && h.NextTry > now
+}
+
+// mayRun reports whether an attempt of class c may start now. When only time
+// is in the way, it returns the moment at which to ask again.
+func (h *host) mayRun(c matrix.Class, cfg Config, now sched.Time) (ok bool, again sched.Time) {
+	if h.inUse >= cfg.HostConcurrency {
+		return false, 0
+	}
+	if h.inUse > 0 && h.lane(now) != laneProven {
+		return false, 0 // the first one is the pre-flight of the others
+	}
+	// Each class, with all below it, leaves some of the host's places free.
+	var held int32
+	for d := matrix.Class(matrix.NumClasses); d >= 1; d-- {
+		held += h.running[d]
+		if d <= c && held >= max(1, cfg.HostConcurrency-classes[d].spare) {
+			return false, 0
+		}
+	}
+	if h.Failures > 0 && !h.reachable && h.NextTry > now {
+		return false, h.NextTry
+	}
+	if h.pausedUntil > now {
+		return false, h.pausedUntil
+	}
+	if tokens := h.limiter.TokensAt(now.Std()); tokens < 1 && c > matrix.ClassEvent {
+		wait := time.Duration((1 - tokens) / float64(h.limiter.Limit()) * float64(time.Second))
+		return false, now.Add(max(wait, time.Millisecond))
+	}
+	return true, 0
+}
+
+// succeeded notes an answer that shows a working host.
+func (m *Machine) succeeded(h *host, status int) {
+	h.LastStatus = status
+	h.soft = 0
+	h.reachable = true
+	failed := h.Failures > 0
+	h.Failures, h.FirstFailure, h.NextTry = 0, 0, 0
+	old := h.LastSuccess
+	h.LastSuccess = m.now
+	if failed || old == 0 || m.now.Sub(h.stored) >= keepSuccess {
+		m.store(h)
+	}
+}
+
+// softFailed notes something that may be the host's fault or one request's
+// own; several in a row make it a failure.
+func (m *Machine) softFailed(h *host, f matrix.Failure, status int, detail string) {
+	h.soft++
+	h.LastStatus = status
+	if h.soft >= softFailures {
+		m.failed(h, f, detail, m.now)
+	}
+}
+
+// failed notes an attempt, started at the moment tried, that failed.
+func (m *Machine) failed(h *host, f matrix.Failure, detail string, tried sched.Time) {
+	h.reachable = false
+	h.soft = 0
+	if h.Failures == 0 {
+		h.FirstFailure = m.now
+	}
+	h.Failures++
+	h.LastFailure, h.Detail = f, cut(detail)
+	h.LastTry = tried
+	h.NextTry = m.now.Add(m.delay(h.Failures, f))
+	m.store(h)
+}
+
+// delay returns how long a host is left alone after so many failures in a row,
+// the last one f; FailNone stands for a gateway's answer.
+func (m *Machine) delay(failures int32, f matrix.Failure) time.Duration {
+	b := backoffs[f]
+	if f == matrix.FailNone {
+		b = gatewayBackoff
+	}
+	return b.Delay(failures, m.rng)
+}
+
+// store has the host's record written soon.
+func (m *Machine) store(h *host) {
+	if !h.dirty {
+		h.dirty = true
+		m.dirty = append(m.dirty, h)
+	}
+}
+
+// cut bounds a text without splitting a character.
+func cut(s string) string {
+	if len(s) <= maxDetail {
+		return s
+	}
+	n := maxDetail
+	for n > 0 && s[n]&0xC0 == 0x80 {
+		n--
+	}
+	return s[:n]
+}
+
+// hostList is a doubly linked list through the hosts themselves.
+type hostList struct {
+	first, last *host
+	n           int
+}
+
+func (l *hostList) push(h *host) {
+	h.prev, h.next, h.isIdle = l.last, nil, true
+	if l.last != nil {
+		l.last.next = h
+	} else {
+		l.first = h
+	}
+	l.last = h
+	l.n++
+}
+
+func (l *hostList) remove(h *host) {
+	if h.prev != nil {
+		h.prev.next = h.next
+	} else {
+		l.first = h.next
+	}
+	if h.next != nil {
+		h.next.prev = h.prev
+	} else {
+		l.last = h.prev
+	}
+	h.prev, h.next, h.isIdle = nil, nil, false
+	l.n--
+}

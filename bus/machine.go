@@ -1,0 +1,219 @@
+package bus
+
+import (
+	"fmt"
+	"math/rand/v2"
+
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// Machine is the core: it decides what is done, for whom, and when. It is not
+// safe for concurrent use; one goroutine calls it.
+type Machine struct {
+	cfg Config
+	rng *rand.Rand
+	now sched.Time // of the present Step
+	out []Effect   // of the present Step
+
+	hosts   map[matrix.ServerName]*host
+	idle    hostList // hosts without work, the longest idle first
+	reqs    map[ReqID]*request
+	calls   map[Key]*call // those that equal requests may join
+	ops     map[OpID]*call
+	commits map[BatchID]commit
+	cache   cache
+	timers  sched.Timers[timer]
+	lanes   [numLanes]lane
+	turns   *sched.Stride
+
+	workers     sched.Gauge
+	maxRequests sched.Slots
+	running     [matrix.NumClasses + 1]sched.Slots
+
+	dirty   []*host // whose records are to be stored, in order
+	writing bool    // a commit of dirty records is under way
+
+	nextOp    OpID
+	nextBatch BatchID
+	draining  bool
+	drained   bool
+
+	stats Stats
+}
+
+// timer is what a moment is awaited for: one of the two.
+type timer struct {
+	req  *request
+	host *host
+}
+
+// commit is a batch that is being written: for an attempt that may start once
+// its intent is on disk, or (call nil) for the dirty records.
+type commit struct{ call *call }
+
+// New returns a core with the given limits, which must be valid. All its
+// randomness comes from rng.
+func New(cfg Config, rng *rand.Rand) *Machine {
+	m := &Machine{
+		rng:     rng,
+		hosts:   make(map[matrix.ServerName]*host),
+		reqs:    make(map[ReqID]*request),
+		calls:   make(map[Key]*call),
+		ops:     make(map[OpID]*call),
+		commits: make(map[BatchID]commit),
+	}
+	m.cache.init()
+	var weights []int32
+	for _, c := range classes {
+		weights = append(weights, c.weight)
+	}
+	m.turns = sched.NewStride(weights)
+	m.configure(cfg)
+	return m
+}
+
+func (m *Machine) configure(cfg Config) {
+	if err := cfg.Validate(); err != nil {
+		panic("bus: " + err.Error())
+	}
+	m.cfg = cfg
+	m.workers.Limit = cfg.Workers
+	m.lanes[laneProven].slots.Limit = cfg.Workers - cfg.Workers/8
+	m.lanes[laneUnknown].slots.Limit = cfg.Unknown
+	m.lanes[laneFailing].slots.Limit = cfg.Failing
+	m.cache.maxEntries, m.cache.maxBytes = int(cfg.CacheEntries), int64(cfg.CacheBytes)
+}
+
+// Step handles one event at the moment now, with whatever has become due by
+// then, and appends its effects to out. It never blocks.
+func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
+	m.now, m.out = max(m.now, now), out
+	switch ev := ev.(type) {
+	case Arrived:
+		m.arrived(ev)
+	case Gone:
+		m.gone(ev.Req)
+	case Connected:
+		m.connected(m.op(ev.Op, "Connected"))
+	case Answered:
+		m.answered(m.op(ev.Op, "Answered"), ev)
+	case Done:
+		m.done(m.op(ev.Op, "Done"), ev)
+	case Committed:
+		m.committed(ev)
+	case Restored:
+		m.restored(ev.Hosts)
+	case Reconfigured:
+		m.configure(ev.Config)
+		for _, h := range m.hosts { // order does not matter: each is set to the same limits
+			h.limit(m.cfg)
+		}
+	case Draining:
+		m.draining = true
+	case Tick:
+	default:
+		panic(fmt.Sprintf("bus: unknown event %T", ev))
+	}
+	m.due()
+	m.dispatch()
+	m.persist()
+	if m.draining && !m.drained && len(m.reqs)+len(m.ops)+len(m.commits) == 0 {
+		m.drained = true
+		m.emit(Drained{})
+	}
+	out, m.out = m.out, nil
+	return out
+}
+
+// NextWake returns the moment at which Step wants a Tick.
+func (m *Machine) NextWake() (sched.Time, bool) { return m.timers.Next() }
+
+func (m *Machine) emit(e Effect) { m.out = append(m.out, e) }
+
+func (m *Machine) op(id OpID, event string) *call {
+	c := m.ops[id]
+	if c == nil {
+		panic(fmt.Sprintf("bus: %s for attempt %d, which is not running (%d are)", event, id, len(m.ops)))
+	}
+	return c
+}
+
+// due handles the timers whose moment has come.
+func (m *Machine) due() {
+	for {
+		t, ok := m.timers.Due(m.now)
+		if !ok {
+			return
+		}
+		switch {
+		case t.req != nil:
+			t.req.timer = nil
+			m.expired(t.req)
+		case t.host != nil:
+			t.host.timer = nil
+			m.ready(t.host)
+		}
+	}
+}
+
+// persist starts at most one commit of changed records at a time; what changes
+// meanwhile goes into the next, so a storm of changes costs few writes.
+func (m *Machine) persist() {
+	if m.writing || len(m.dirty) == 0 {
+		return
+	}
+	batch := make([]HostRecord, 0, len(m.dirty))
+	for _, h := range m.dirty {
+		h.dirty = false
+		h.stored = m.now
+		batch = append(batch, h.HostRecord)
+	}
+	clear(m.dirty)
+	m.dirty = m.dirty[:0]
+	m.writing = true
+	m.commit(batch, commit{})
+}
+
+func (m *Machine) commit(hosts []HostRecord, c commit) {
+	m.nextBatch++
+	m.commits[m.nextBatch] = c
+	m.emit(Commit{Batch: m.nextBatch, Hosts: hosts})
+}
+
+func (m *Machine) committed(ev Committed) {
+	c, ok := m.commits[ev.Batch]
+	if !ok {
+		panic(fmt.Sprintf("bus: commit %d ended, which is not under way (%d are)", ev.Batch, len(m.commits)))
+	}
+	delete(m.commits, ev.Batch)
+	if !ev.OK {
+		// Back-off is a courtesy, not a promise: go on without.
+		m.stats.CommitsFailed++
+	}
+	if c.call == nil {
+		m.writing = false
+		return
+	}
+	m.start(c.call)
+}
+
+// restored takes over what the store knew. A clock that ran wild before the
+// restart cannot keep a host away for longer than the longest back-off.
+func (m *Machine) restored(records []HostRecord) {
+	for _, r := range records {
+		if len(m.hosts) >= int(m.cfg.MaxHosts) {
+			return
+		}
+		if m.hosts[r.Name] != nil {
+			continue
+		}
+		h := m.newHost(r.Name)
+		h.HostRecord = r
+		h.NextTry = min(h.NextTry, m.now.Add(maxBackoff))
+		h.LastTry = min(h.LastTry, m.now)
+		h.LastSuccess = min(h.LastSuccess, m.now)
+		h.FirstFailure = min(h.FirstFailure, m.now)
+		h.stored = m.now
+	}
+}

@@ -1,0 +1,262 @@
+package sim
+
+import (
+	"strings"
+	"time"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// do executes one effect, checking that it is allowed.
+func (w *World) do(e bus.Effect) {
+	switch e := e.(type) {
+	case bus.Send:
+		w.send(e)
+	case bus.Cancel:
+		a := w.attempt(e.Op, "Cancel")
+		if a.done || a.cancel {
+			w.failf("Cancel of attempt %d, done %t, cancelled %t", e.Op, a.done, a.cancel)
+		}
+		a.cancel = true
+		w.at(w.between(0, 5*time.Millisecond), func() { w.finish(a, matrix.FailCancelled) })
+	case bus.Reply:
+		a := w.attempt(e.Op, "Reply")
+		if !a.answered || a.dropped {
+			w.failf("Reply to request %d with attempt %d: answered %t, discarded %t", e.Req, e.Op, a.answered, a.dropped)
+		}
+		r := w.reqs[e.Req]
+		if r.Key != a.req.Key {
+			w.failf("request %d is answered with what request %d asked", e.Req, a.req.Req)
+		}
+		if r != a.req && r.Endpoint.Share == matrix.ShareNever {
+			w.failf("request %d (%s) shares attempt %d", e.Req, r.Endpoint.Name, e.Op)
+		}
+		w.endRequest(e.Req, "reply")
+		if strings.HasPrefix(string(r.Key[:]), "healed") {
+			w.Counts["healed reply"]++
+		}
+	case bus.Refuse:
+		if e.Status < 400 || e.Code == "" || e.Text == "" {
+			w.failf("refusal without a reason: %+v", e)
+		}
+		w.endRequest(e.Req, "refuse")
+	case bus.Free:
+		r := w.reqs[e.Req]
+		if r == nil || r.freed {
+			w.failf("Free of request %d, which is not held", e.Req)
+		}
+		r.freed = true
+	case bus.Discard:
+		a := w.attempt(e.Op, "Discard")
+		if !a.done || a.dropped {
+			w.failf("Discard of attempt %d: done %t, discarded %t", e.Op, a.done, a.dropped)
+		}
+		a.dropped = true
+	case bus.Commit:
+		w.commit(e)
+	case bus.Drained:
+		w.drained = true
+	default:
+		w.failf("unknown effect %T", e)
+	}
+}
+
+func (w *World) attempt(id bus.OpID, what string) *attempt {
+	a := w.atts[id]
+	if a == nil {
+		w.failf("%s for attempt %d, which was never sent", what, id)
+	}
+	return a
+}
+
+func (w *World) endRequest(id bus.ReqID, how string) {
+	r := w.reqs[id]
+	switch {
+	case r == nil:
+		w.failf("%s to request %d, which never arrived", how, id)
+	case r.ended:
+		w.failf("%s to request %d, which has ended (gone: %t)", how, id, r.gone)
+	case w.now >= r.deadline:
+		w.failf("%s to request %d (%s) %s after its caller's time-out", how, id, r.Endpoint.Name, w.now.Sub(r.deadline))
+	}
+	r.ended = true
+	w.Counts[how]++
+	w.Counts[how+" "+r.Class.String()]++
+}
+
+func (w *World) commit(e bus.Commit) {
+	ok := w.rng.IntN(20) != 0
+	w.at(w.between(100*time.Microsecond, 30*time.Millisecond), func() {
+		if ok {
+			for _, h := range e.Hosts {
+				w.disk[h.Name] = h
+			}
+		}
+		for _, h := range e.Hosts {
+			if r := w.byName[h.Name]; h.NextTry > w.now {
+				r.intent = true // or its failure was: either allows the one attempt that follows
+			}
+		}
+		w.step(bus.Committed{Batch: e.Batch, OK: ok})
+	})
+}
+
+// send starts an attempt and decides what comes of it.
+func (w *World) send(e bus.Send) {
+	r := w.reqs[e.Req]
+	if w.atts[e.Op] != nil || r == nil || r.freed || r.Dest != e.Dest {
+		w.failf("Send of attempt %d for request %d", e.Op, e.Req)
+	}
+	if r.Endpoint.Once {
+		if w.onceSent[e.Req] {
+			w.failf("request %d (%s) is sent twice", e.Req, r.Endpoint.Name)
+		}
+		w.onceSent[e.Req] = true
+	}
+	h := w.byName[e.Dest]
+	a := &attempt{id: e.Op, req: r, host: h}
+	w.atts[e.Op] = a
+	w.Counts["send"]++
+	w.limits(h, r)
+	h.triedAt = w.now
+
+	open := h.connected
+	connect := w.between(time.Millisecond, 200*time.Millisecond)
+	if open {
+		connect = 0
+	}
+	latency := w.between(time.Millisecond, 300*time.Millisecond)
+	body := w.between(time.Millisecond, 2*time.Second)
+	does := h.does
+	if does == flaps {
+		does = healthy
+		if (w.now/sched.Time(20*time.Second))%2 == 0 {
+			does = refuses
+		}
+	}
+	if open && (does == refuses || does == noName || does == hangs) {
+		w.at(latency, func() { h.connected = false; w.finish(a, matrix.FailReset) })
+		return
+	}
+	switch does {
+	case refuses:
+		w.at(connect, func() { w.finish(a, matrix.FailRefused) })
+		return
+	case noName:
+		w.at(connect, func() { w.finish(a, matrix.FailNoName) })
+		return
+	case hangs:
+		w.at(8*time.Second, func() { w.finish(a, matrix.FailTimeout) })
+		return
+	}
+	if !open {
+		w.at(connect, func() {
+			if !a.done {
+				h.connected, h.failures = true, 0
+				w.step(bus.Connected{Op: a.id})
+			}
+		})
+	}
+	status, retry := 200, time.Duration(0)
+	switch does {
+	case mute:
+		return // until it is cancelled
+	case slow:
+		latency = w.between(time.Second, 20*time.Second)
+	case limits:
+		if w.rng.IntN(2) == 0 {
+			status, retry = 429, w.between(0, 5*time.Second)
+		}
+	case gatewayDown:
+		status = 502
+	}
+	if w.rng.IntN(10) == 0 && status == 200 {
+		status = 404
+	}
+	w.at(connect+latency, func() {
+		if a.done {
+			return
+		}
+		a.answered = true
+		if status != 502 {
+			h.failures = 0
+		}
+		w.step(bus.Answered{Op: a.id, Status: status, RetryAfter: retry})
+	})
+	w.at(connect+latency+body, func() {
+		if does == cuts {
+			w.finish(a, matrix.FailCut)
+			return
+		}
+		w.finish(a, matrix.FailNone)
+	})
+}
+
+// limits checks what the host may be asked for.
+func (w *World) limits(h *remote, r *request) {
+	cfg := w.profile.Config
+	h.running++
+	if h.running > int(cfg.HostConcurrency) {
+		w.failf("%d attempts at %s at a time", h.running, h.name)
+	}
+	all := 0
+	for _, o := range w.remotes {
+		all += o.running
+	}
+	if all > int(cfg.Workers) {
+		w.failf("%d attempts at a time, %d workers", all, cfg.Workers)
+	}
+	recent := h.sends[:0]
+	for _, t := range h.sends {
+		if w.now.Sub(t) < time.Second {
+			recent = append(recent, t)
+		}
+	}
+	h.sends = recent
+	if r.Class > matrix.ClassEvent { // better ones do not wait for the rate
+		h.sends = append(recent, w.now)
+	}
+	if most := int(cfg.HostRate) + int(cfg.HostBurst) + 1; len(h.sends) > most {
+		w.failf("%d attempts at %s within a second, %d at most", len(h.sends), h.name, most)
+	}
+	if h.failures == 0 {
+		return
+	}
+	// The least pause after any failure is 80 % of 5 s; only a join may come
+	// sooner than the back-off says, and never sooner than after 30 s.
+	least := 4 * time.Second
+	for i := 1; i < h.failures && least < 150*time.Second; i++ {
+		least *= 2
+	}
+	if r.Class == matrix.ClassJoin {
+		least = min(least, 29*time.Second)
+	}
+	if got := w.now.Sub(h.failedAt); got < least {
+		w.failf("%s is tried %s after failure %d in a row, %s is the least", h.name, got, h.failures, least)
+	}
+	if !h.intent {
+		w.failf("%s is tried after %d failures without an intent on disk", h.name, h.failures)
+	}
+	h.intent = false
+}
+
+// finish ends an attempt, once.
+func (w *World) finish(a *attempt, f matrix.Failure) {
+	if a.done {
+		return
+	}
+	a.done = true
+	h := a.host
+	h.running--
+	if f.NeverConnected() || f == matrix.FailTimeout {
+		h.failures++
+		h.failedAt = w.now
+		h.intent = false
+	}
+	if f == matrix.FailNone && !a.answered {
+		w.failf("attempt %d ends well without an answer", a.id)
+	}
+	w.step(bus.Done{Op: a.id, Failure: f, Detail: f.String(), Size: int64(w.rng.IntN(20000)), Kept: f == matrix.FailNone && w.rng.IntN(4) != 0})
+}

@@ -1,0 +1,86 @@
+package sim
+
+import (
+	"flag"
+	"fmt"
+	"testing"
+	"time"
+
+	"fsbus/bus"
+	"fsbus/sched"
+)
+
+var (
+	seedFlag  = flag.Uint64("seed", 0, "run only this seed, in every profile")
+	seedsFlag = flag.Uint64("seeds", 200, "how many seeds to run in each profile")
+)
+
+// saturated gives the core more work than it has workers for: only then does
+// it matter in which order things happen.
+func saturated() Profile {
+	c := bus.Default()
+	c.Workers, c.Unknown, c.Failing = 8, 4, 2
+	c.HostConcurrency, c.HostRate, c.HostBurst = 3, 20, 10
+	c.MaxRequests, c.MaxHosts = 400, 420
+	c.CacheEntries, c.CacheBytes = 20, 100*sched.KiB
+	return Profile{Config: c, Hosts: 30, Requests: 1200, Gap: 5 * time.Millisecond, Faulty: 30}
+}
+
+var profiles = map[string]func() Profile{
+	"drawn":     func() Profile { return Profile{} },
+	"saturated": saturated,
+	"crash":     func() Profile { p := Profile{Crash: true}; return p },
+	"dead":      func() Profile { return Profile{Faulty: 95} },
+}
+
+func TestWorldHoldsItsInvariants(t *testing.T) {
+	for name, profile := range profiles {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			total := map[string]int{}
+			for seed := range *seedsFlag {
+				if *seedFlag != 0 && seed != *seedFlag {
+					continue
+				}
+				w := run(t, seed, profile())
+				for k, n := range w.Counts {
+					total[k] += n
+				}
+			}
+			t.Log(fmt.Sprint(total))
+			for _, must := range []string{"send", "reply", "refuse", "gone", "healed reply"} {
+				if total[must] == 0 {
+					t.Errorf("no %q in any run: the simulation does not reach it", must)
+				}
+			}
+			if name == "crash" && total["crash"] == 0 {
+				t.Error("no crash in any run")
+			}
+		})
+	}
+}
+
+func run(t *testing.T, seed uint64, p Profile) (w *World) {
+	t.Helper()
+	defer func() {
+		if r := recover(); r != nil {
+			t.Fatalf("%v\nagain with: go test ./bus/sim -run %s -seed=%d", r, t.Name(), seed)
+		}
+	}()
+	w = NewWorld(seed, p)
+	w.Run()
+	return w
+}
+
+// The same seed must give the same run to the last effect: no map order, no
+// clock and no other chance may decide anything.
+func TestSameSeedSameRun(t *testing.T) {
+	for name, profile := range profiles {
+		for seed := range uint64(10) {
+			a, b := NewWorld(seed, profile()).Run(), NewWorld(seed, profile()).Run()
+			if a != b {
+				t.Errorf("profile %s, seed %d: two runs differ", name, seed)
+			}
+		}
+	}
+}

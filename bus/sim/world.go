@@ -1,0 +1,346 @@
+// Package sim runs the core of package bus in a simulated world: clients that
+// ask and go away, remotes that answer, hang, refuse, limit and lie, a disk
+// that is slow and sometimes full, and a clock that only moves when the
+// simulation moves it. A seed decides everything, the limits included, so a
+// failure is replayed by its number.
+//
+// After every step the world checks what must always hold:
+//
+//   - each request is answered or given up exactly once, within its caller's
+//     time-out, and freed exactly once;
+//   - each attempt has one end, its answer is discarded once and used only in
+//     between;
+//   - no more attempts than workers, nor than the host's own limits;
+//   - no attempt at a failing host before its time, nor before the intent is
+//     on disk;
+//   - what must not be sent twice is not, and what must not be shared is not;
+//   - all running totals of the core agree with a recount.
+//
+// When a run ends, the world heals and everything must come to rest.
+package sim
+
+import (
+	"fmt"
+	"hash/fnv"
+	"math/rand/v2"
+	"time"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// Profile shapes a run. Zero fields are drawn from the seed.
+type Profile struct {
+	Config   bus.Config
+	Hosts    int
+	Requests int           // that arrive in all
+	Gap      time.Duration // mean time between arrivals
+	Faulty   int           // per cent of the hosts that misbehave
+	Crash    bool          // restart the core in the middle, with what the disk has
+}
+
+// behaviour is what a remote does.
+type behaviour uint8
+
+const (
+	healthy behaviour = iota
+	slow              // answers after seconds
+	refuses
+	hangs // the connection never comes up
+	mute  // connects, never answers
+	limits
+	gatewayDown
+	cuts // answers, then breaks inside the body
+	noName
+	flaps // refuses and works in turn
+	numBehaviours
+)
+
+type remote struct {
+	name      matrix.ServerName
+	does      behaviour
+	connected bool
+	running   int
+	sends     []sched.Time // of the last second
+	triedAt   sched.Time   // of the last attempt
+	failedAt  sched.Time   // of the last attempt that found it dead
+	failures  int
+	intent    bool // an intent for it is on disk and not yet used
+}
+
+type request struct {
+	bus.Arrived
+	deadline sched.Time
+	ended    bool // answered, refused or gone
+	freed    bool
+	gone     bool
+	key      bus.Key
+}
+
+type attempt struct {
+	id       bus.OpID
+	req      *request
+	host     *remote
+	answered bool
+	done     bool
+	dropped  bool
+	cancel   bool
+}
+
+// World is one simulated run.
+type World struct {
+	seed    uint64
+	profile Profile
+	rng     *rand.Rand
+	now     sched.Time
+	end     sched.Time // no request arrives after it
+	m       *bus.Machine
+	future  sched.Timers[func()]
+
+	endpoints []*matrix.Endpoint
+	remotes   []*remote
+	byName    map[matrix.ServerName]*remote
+	reqs      map[bus.ReqID]*request
+	atts      map[bus.OpID]*attempt
+	disk      map[matrix.ServerName]bus.HostRecord
+	onceSent  map[bus.ReqID]bool
+	lastReq   bus.ReqID
+	drained   bool
+
+	trace  interface{ Write([]byte) (int, error) }
+	hash   func() uint64
+	recent []string // the last effects and events, for the report
+	Steps  int
+	Counts map[string]int
+	wakeAt sched.Time
+	epoch  int // of the core: events of an earlier one are dropped
+}
+
+const origin = sched.Time(1_800_000_000_000_000_000)
+
+// NewWorld draws a world from a seed.
+func NewWorld(seed uint64, p Profile) *World {
+	h := fnv.New64a()
+	w := &World{seed: seed, profile: p, rng: rand.New(rand.NewPCG(seed, 1)), now: origin, trace: h, hash: h.Sum64,
+		byName: map[matrix.ServerName]*remote{}, disk: map[matrix.ServerName]bus.HostRecord{}, Counts: map[string]int{}}
+	c := &w.profile.Config
+	if c.Workers == 0 {
+		*c = bus.Default()
+		c.Workers = sched.Slots(8 + w.rng.IntN(40))
+		c.Unknown = 1 + sched.Slots(w.rng.IntN(int(c.Workers)))
+		c.Failing = 1 + sched.Slots(w.rng.IntN(int(c.Workers)/4))
+		c.HostConcurrency = 1 + int32(w.rng.IntN(6))
+		c.HostRate = float64(1 + w.rng.IntN(30))
+		c.HostBurst = 1 + int32(w.rng.IntN(20))
+		c.MaxRequests = int32(20 + w.rng.IntN(300))
+		c.MaxHosts = c.MaxRequests + int32(c.Workers) + 1 + int32(w.rng.IntN(100))
+		c.MaxHosts += 80 // a host that is forgotten may be tried too early
+		c.CacheEntries = int32(w.rng.IntN(50))
+		c.CacheBytes = sched.Bytes(w.rng.IntN(200)) * sched.KiB
+	}
+	pick := func(v *int, lo, hi int) {
+		if *v == 0 {
+			*v = lo + w.rng.IntN(hi-lo)
+		}
+	}
+	pick(&w.profile.Hosts, 2, 80)
+	pick(&w.profile.Requests, 200, 1500)
+	pick(&w.profile.Faulty, 1, 70)
+	if w.profile.Gap == 0 {
+		w.profile.Gap = time.Duration(1+w.rng.IntN(100)) * time.Millisecond
+	}
+	for _, e := range matrix.All() {
+		w.endpoints = append(w.endpoints, &e)
+	}
+	for i := range w.profile.Hosts {
+		r := &remote{name: matrix.ServerName(fmt.Sprintf("h%d.test", i))}
+		if w.rng.IntN(100) < w.profile.Faulty {
+			r.does = 1 + behaviour(w.rng.IntN(int(numBehaviours)-1))
+		}
+		w.remotes = append(w.remotes, r)
+		w.byName[r.name] = r
+	}
+	w.boot()
+	at := w.now
+	for range w.profile.Requests {
+		at = at.Add(time.Duration(w.rng.ExpFloat64() * float64(w.profile.Gap)))
+		w.future.Set(at, w.arrive)
+	}
+	w.end = at
+	if w.profile.Crash {
+		w.future.Set(w.now.Add(time.Duration(w.rng.Int64N(int64(at-w.now)))), w.crash)
+	}
+	return w
+}
+
+// boot starts a core with what the disk has.
+func (w *World) boot() {
+	w.epoch++
+	w.reqs, w.atts, w.onceSent = map[bus.ReqID]*request{}, map[bus.OpID]*attempt{}, map[bus.ReqID]bool{}
+	w.m = bus.New(w.profile.Config, rand.New(rand.NewPCG(w.seed, uint64(w.epoch))))
+	for _, r := range w.remotes {
+		r.connected, r.running, r.sends, r.intent = false, 0, nil, false
+		// What a failure adds to the intent may not have reached the disk, and
+		// with a full disk not even that.
+		r.failedAt = min(r.failedAt, r.triedAt)
+		if w.disk[r.name].Failures < int32(r.failures) {
+			r.failures = 0
+		}
+	}
+	var records []bus.HostRecord
+	for _, r := range w.remotes { // in a fixed order
+		if rec, ok := w.disk[r.name]; ok {
+			records = append(records, rec)
+		}
+	}
+	w.step(bus.Restored{Hosts: records})
+}
+
+// crash loses everything but the disk. The homeserver's connections break.
+func (w *World) crash() {
+	w.Counts["crash"]++
+	w.boot()
+}
+
+// at has f called d from now, unless the core is restarted before.
+func (w *World) at(d time.Duration, f func()) {
+	epoch := w.epoch
+	w.future.Set(w.now.Add(d), func() {
+		if epoch == w.epoch {
+			f()
+		}
+	})
+}
+
+func (w *World) between(lo, hi time.Duration) time.Duration {
+	return lo + time.Duration(w.rng.Int64N(int64(hi-lo)))
+}
+
+func (w *World) arrive() {
+	w.lastReq++
+	ep := w.endpoints[w.rng.IntN(len(w.endpoints))]
+	host := w.remotes[w.rng.IntN(len(w.remotes))]
+	variant := w.rng.IntN(3)
+	r := &request{Arrived: bus.Arrived{Req: w.lastReq, Dest: host.name, Endpoint: ep, Class: ep.Class, Received: w.now}}
+	copy(r.Key[:], fmt.Sprintf("%s %s %d", host.name, ep.Name, variant))
+	r.deadline = w.now.Add(ep.Timeout)
+	w.reqs[r.Req] = r
+	if w.rng.IntN(20) == 0 {
+		w.at(w.between(0, 15*time.Second), func() {
+			if !r.ended {
+				r.ended, r.gone = true, true
+				w.Counts["gone"]++
+				w.step(bus.Gone{Req: r.Req})
+			}
+		})
+	}
+	w.step(r.Arrived)
+}
+
+// failf ends the run with the seed and what happened last.
+func (w *World) failf(format string, args ...any) {
+	panic(fmt.Sprintf("seed %d, %s after the start: %s\nlast events and effects:\n%s", w.seed, w.now.Sub(origin), fmt.Sprintf(format, args...), w.tail()))
+}
+
+func (w *World) tail() (s string) {
+	for _, l := range w.recent {
+		s += "  " + l + "\n"
+	}
+	return s
+}
+
+func (w *World) note(what string, v any) {
+	line := fmt.Sprintf("%v %s %T%+v", w.now.Sub(origin), what, v, v)
+	if a, ok := v.(bus.Arrived); ok {
+		line = fmt.Sprintf("%v %s Arrived{%d %s %s class %s}", w.now.Sub(origin), what, a.Req, a.Dest, a.Endpoint.Name, a.Class)
+	}
+	fmt.Fprintln(w.trace, line)
+	w.recent = append(w.recent, line)
+	if len(w.recent) > 60 {
+		w.recent = w.recent[20:]
+	}
+}
+
+func (w *World) step(ev bus.Event) {
+	w.Steps++
+	w.note("<-", ev)
+	for _, e := range w.m.Step(w.now, ev, nil) {
+		w.note("->", e)
+		w.do(e)
+	}
+	if err := w.m.Check(); err != nil {
+		w.failf("%v", err)
+	}
+	w.wakeAt, _ = w.m.NextWake()
+}
+
+// Run lets the world go on until nothing is left to happen, and returns a hash
+// over all events and effects.
+func (w *World) Run() uint64 {
+	healed := false
+	for {
+		next, ok := w.future.Next()
+		wake, awake := w.m.NextWake()
+		switch {
+		case awake && (!ok || wake <= next):
+			w.now = max(w.now, wake)
+			w.step(bus.Tick{})
+		case ok:
+			w.now = next
+			f, _ := w.future.Due(w.now)
+			f()
+		case !healed:
+			healed = true
+			w.heal()
+		default:
+			w.rest()
+			return w.hash()
+		}
+	}
+}
+
+// heal ends all faults and asks each remote once more, after the longest
+// back-off: every one must answer.
+func (w *World) heal() {
+	w.now = w.now.Add(25 * time.Hour)
+	for i, r := range w.remotes {
+		r.does = healthy
+		w.lastReq++
+		ep := w.endpoints[0]
+		q := &request{Arrived: bus.Arrived{Req: w.lastReq, Dest: r.name, Endpoint: ep, Class: ep.Class}}
+		copy(q.Key[:], fmt.Sprintf("healed %d", i))
+		w.at(time.Duration(i)*200*time.Millisecond, func() {
+			q.Received = w.now
+			q.deadline = w.now.Add(ep.Timeout)
+			w.reqs[q.Req] = q
+			w.step(q.Arrived)
+		})
+		w.at(time.Duration(i)*200*time.Millisecond+ep.Timeout, func() {
+			if !q.ended {
+				w.failf("request %d to %s is unanswered", q.Req, r.name)
+			}
+		})
+	}
+	w.Counts["healed"] = len(w.remotes)
+	w.at(time.Hour, func() { w.step(bus.Draining{}) })
+}
+
+// rest checks that nothing is left.
+func (w *World) rest() {
+	for _, r := range w.reqs {
+		if !r.ended || !r.freed {
+			w.failf("at rest, request %d to %s: ended %t, freed %t", r.Req, r.Dest, r.ended, r.freed)
+		}
+	}
+	s := w.m.Snapshot(w.now, 10)
+	if s.Workers.Used != 0 || s.Requests.Used != 0 {
+		w.failf("at rest, %d workers and %d requests are in use", s.Workers.Used, s.Requests.Used)
+	}
+	if !w.drained {
+		w.failf("at rest, but not drained")
+	}
+	if got := w.Counts["healed reply"]; got != w.Counts["healed"] {
+		w.failf("%d of %d healthy hosts answered after healing", got, w.Counts["healed"])
+	}
+}

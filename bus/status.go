@@ -1,0 +1,136 @@
+package bus
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// Stats counts what the core has done since it was made.
+type Stats struct {
+	Requests       [matrix.NumClasses + 1]int64 // that arrived, by class
+	Answered       int64                        // with what a remote answered
+	Shared         int64                        // joined a call that was under way
+	CacheHits      int64                        // answered from the cache
+	CacheStale     int64                        // answered with an old answer, since the host failed
+	FailedFast     int64                        // refused at once because the host is backing off
+	Expired        int64                        // refused because the caller's time-out was near
+	Gone           int64                        // given up by the caller
+	Refused        [6]int64                     // by the first digit of the status
+	Attempts       int64                        // sent to a remote
+	Connects       int64                        // new connections
+	Statuses       [6]int64                     // answers by the first digit of the status, 0: invalid
+	Limited        int64                        // answers with status 429
+	Failures       [matrix.NumFailures]int64    // ends of attempts
+	BytesIn        int64                        // bodies of answers
+	Aged           int64                        // calls that rode on a better class's turn
+	HostsForgotten int64                        // to make room for others
+	CommitsFailed  int64
+	Waits          [matrix.NumClasses + 1]Wait // for a worker, by class
+}
+
+// Wait sums up how long calls waited for a worker.
+type Wait struct {
+	Count int64
+	Total time.Duration
+	Max   time.Duration
+}
+
+func (s *Stats) waited(c matrix.Class, d time.Duration) {
+	w := &s.Waits[c]
+	w.Count++
+	w.Total += d
+	w.Max = max(w.Max, d)
+}
+
+// Snapshot is the state of the core at one moment, for people and metrics.
+type Snapshot struct {
+	At           sched.Time
+	Stats        Stats
+	Requests     sched.Gauge // of the homeserver, waiting or running
+	Workers      sched.Gauge
+	Lanes        [3]LaneStatus // proven, unknown, failing
+	Waiting      [matrix.NumClasses + 1]int64
+	Running      [matrix.NumClasses + 1]int64
+	Oldest       [matrix.NumClasses + 1]time.Duration // longest wait in the queue
+	Hosts        int
+	HostsLimit   int
+	BackingOff   int
+	CacheEntries int
+	CacheBytes   int64
+	CacheLimit   int64
+	Worst        []HostStatus
+}
+
+// LaneStatus is one rank of hosts.
+type LaneStatus struct {
+	Name  string
+	Slots sched.Gauge
+	Hosts int
+}
+
+// HostStatus is one destination, in words.
+type HostStatus struct {
+	HostRecord
+	Rank    string
+	Waiting int32
+	Running int32
+	Paused  sched.Time // until then, as the remote asked; 0 if it did not
+	Why     string     // why it is not well, or empty
+}
+
+// Snapshot returns the state, with at most worst hosts: those that fail or
+// hold up most.
+func (m *Machine) Snapshot(now sched.Time, worst int) Snapshot {
+	s := Snapshot{
+		At:           now,
+		Stats:        m.stats,
+		Requests:     sched.Gauge{Used: sched.Slots(len(m.reqs)), Limit: sched.Slots(m.cfg.MaxRequests), Max: m.maxRequests},
+		Workers:      m.workers,
+		Hosts:        len(m.hosts),
+		HostsLimit:   int(m.cfg.MaxHosts),
+		CacheEntries: m.cache.recent.Len(),
+		CacheBytes:   m.cache.bytes,
+		CacheLimit:   m.cache.maxBytes,
+	}
+	for l := range m.lanes {
+		s.Lanes[l] = LaneStatus{Name: laneID(l).String(), Slots: m.lanes[l].slots}
+	}
+	var bad []*host
+	for _, h := range m.hosts { // sorted below
+		s.Lanes[h.lane(now)].Hosts++
+		if h.backingOff(now) {
+			s.BackingOff++
+		}
+		for class := matrix.Class(1); class <= matrix.NumClasses; class++ {
+			if h.waiting[class] > 0 {
+				s.Waiting[class] += int64(h.waiting[class])
+				if c := h.head(class); c != nil {
+					s.Oldest[class] = max(s.Oldest[class], now.Sub(c.queued))
+				}
+			}
+			s.Running[class] += int64(h.running[class])
+		}
+		if h.Failures > 0 || h.pausedUntil > now || h.allWaiting() > 0 {
+			bad = append(bad, h)
+		}
+	}
+	slices.SortFunc(bad, func(a, b *host) int {
+		return cmp.Or(cmp.Compare(b.allWaiting(), a.allWaiting()), cmp.Compare(b.Failures, a.Failures), cmp.Compare(a.Name, b.Name))
+	})
+	for _, h := range bad[:min(len(bad), worst)] {
+		st := HostStatus{HostRecord: h.HostRecord, Rank: h.lane(now).String(), Waiting: h.allWaiting(), Running: h.inUse}
+		switch {
+		case h.Failures > 0:
+			st.Why = h.why(now)
+		case h.pausedUntil > now:
+			st.Paused = h.pausedUntil
+			st.Why = "fsbus: it limits our rate"
+		}
+		s.Worst = append(s.Worst, st)
+	}
+	return s
+}
