@@ -1,0 +1,166 @@
+package node
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+
+	"fsbus/sched"
+)
+
+// What things cost at worst, rounded up, with the stacks of their goroutines
+// and a share of what waits for the garbage collector. Those marked "measured"
+// were on linux/amd64; 32-bit ARM needs less.
+const (
+	// baseCost is a process that does nothing: the program itself (11 MiB
+	// resident, measured), the database's page caches and queue, the queues of
+	// the pools.
+	baseCost = 16 * sched.MiB
+	// parkedCost is a request that waits: its connection and header fields
+	// (1.6 KiB measured), what the core (0.5 KiB measured) and the node know
+	// of it.
+	parkedCost = 3 * sched.KiB
+	// readingCost is a request that is being read: net/http's buffers (8 KiB),
+	// the copy buffer (32 KiB), the stacks of two goroutines. 48 KiB measured.
+	readingCost = 50 * sched.KiB
+	// workerCost is a request under way: its connection with its buffers
+	// (8 KiB), the TLS record (16 KiB), either the certificates of a handshake
+	// or the copy buffer that the answer passes through (32 KiB).
+	workerCost = 56 * sched.KiB
+	// idleCost is a connection that waits for its next request: its buffers
+	// (8 KiB), the TLS state and record (20 KiB), two stacks (8 KiB), its
+	// place in the pool.
+	idleCost = 40 * sched.KiB
+	// hostCost is a server that is remembered: its record in the core, its
+	// name, its place in the map. 730 bytes measured, without the text of its
+	// last failure.
+	hostCost = 800 * sched.Bytes(1)
+	// resolverCost is the caches of DNS and well-known answers.
+	resolverCost = 2 * sched.MiB
+	// sessionCost is a TLS session that may be resumed: its ticket and its
+	// state. As many as sessions are kept.
+	sessionCost = 1536 * sched.Bytes(1)
+	sessions    = 1000
+)
+
+const (
+	// workerGoroutines are a worker, two of its HTTP/1.1 connection, one that
+	// dials, two that race for one of the server's addresses, and one to spare.
+	workerGoroutines = 7
+	// idleGoroutines read and write an HTTP/1.1 connection.
+	idleGoroutines = 2
+	// readingGoroutines serve a connection, and watch it while its request is
+	// handled.
+	readingGoroutines = 2
+	// fixedGoroutines are those that every node has: the loop, the store's writer, the watcher of parked
+	// connections, the pools that write answers, the status page (8), and the
+	// process itself with its signals (4).
+	fixedGoroutines = 3 + smallRepliers + largeRepliers + 8 + 4
+
+	// workerConnections are two that race for one server.
+	workerConnections = 2
+	// spoolFiles is netx.SpoolConfig.Files when it is left at its default.
+	spoolFiles = 256
+	// fixedFiles are the database, the log, the listeners, the runtime's own.
+	fixedFiles = 64
+)
+
+// Budget is what the process may use at worst under a configuration.
+type Budget struct {
+	Items  []BudgetItem
+	Memory sched.Bytes // of all Items
+	Limit  sched.Bytes // memory_limit
+
+	Goroutines      int
+	Connections     int // to other servers, with those that are being made
+	FileDescriptors int
+}
+
+// BudgetItem is one thing that takes memory.
+type BudgetItem struct {
+	Name  string
+	Key   string // of the configuration; "" if nothing there changes it
+	Count int64
+	Each  sched.Bytes
+	Total sched.Bytes
+}
+
+// Budget adds up what the configuration allows.
+func (c *Config) Budget() Budget {
+	f, o := &c.Front, &c.Outbound
+	b := Budget{
+		Limit: c.MemoryLimit,
+		Goroutines: fixedGoroutines + o.Workers*workerGoroutines + o.IdleConnections*idleGoroutines +
+			f.MaxReading*readingGoroutines + len(f.Listen),
+		Connections: o.Workers*workerConnections + o.IdleConnections,
+	}
+	b.FileDescriptors = fixedFiles + spoolFiles + f.MaxConnections + b.Connections + o.DNSQueries
+	add := func(name, key string, count int, each sched.Bytes) {
+		it := BudgetItem{name, key, int64(count), each, sched.Bytes(count) * each}
+		b.Items = append(b.Items, it)
+		b.Memory += it.Total
+	}
+	add("program and database", "", 1, baseCost)
+	add("requests that wait", "front.max_connections", f.MaxConnections, parkedCost)
+	add("requests being read", "front.max_reading", f.MaxReading, readingCost)
+	add("requests to other servers", "outbound.workers", o.Workers, workerCost)
+	add("idle connections", "outbound.idle_connections", o.IdleConnections, idleCost)
+	add("servers remembered", "outbound.max_hosts", o.MaxHosts, hostCost)
+	add("names and addresses", "", 1, resolverCost)
+	add("TLS sessions", "", sessions, sessionCost)
+	add("bodies on their way", "outbound.spool_memory", 1, o.SpoolMemory)
+	add("answers kept", "outbound.cache", 1, o.Cache)
+	return b
+}
+
+// largest names the n items that take most of what can be lowered.
+func (b Budget) largest(n int) string {
+	items := slices.DeleteFunc(slices.Clone(b.Items), func(it BudgetItem) bool { return it.Key == "" })
+	slices.SortStableFunc(items, func(x, y BudgetItem) int { return cmp.Compare(y.Total, x.Total) })
+	var out []string
+	for _, it := range items[:min(n, len(items))] {
+		out = append(out, fmt.Sprintf("%s (%s)", it.Key, inMiB(it.Total)))
+	}
+	return strings.Join(out, ", ")
+}
+
+// WriteTo prints the budget as a table.
+func (b Budget) WriteTo(w io.Writer) (int64, error) {
+	var text strings.Builder
+	row := func(name, count, each, total, key string) {
+		line := fmt.Sprintf("%-27s %7s %9s %9s   %s", name, count, each, total, key)
+		text.WriteString(strings.TrimRight(line, " ") + "\n")
+	}
+	row("memory at worst", "count", "each", "total", "set by")
+	for _, it := range b.Items {
+		row("  "+it.Name, strconv.FormatInt(it.Count, 10), readable(it.Each), inMiB(it.Total), it.Key)
+	}
+	row("  sum", "", "", inMiB(b.Memory), "of memory_limit, "+inMiB(b.Limit))
+	row("goroutines", strconv.Itoa(b.Goroutines), "", "", "")
+	row("connections to servers", strconv.Itoa(b.Connections), "", "", "")
+	row("file descriptors", strconv.Itoa(b.FileDescriptors), "", "", "")
+	n, err := io.WriteString(w, text.String())
+	return int64(n), err
+}
+
+// inMiB returns b in MiB with one digit after the point.
+func inMiB(b sched.Bytes) string { return fmt.Sprintf("%.1f MiB", float64(b)/float64(sched.MiB)) }
+
+// readable returns b in the unit that shows it best.
+func readable(b sched.Bytes) string {
+	switch {
+	case b >= sched.MiB:
+		return inMiB(b)
+	case b >= sched.KiB:
+		return fmt.Sprintf("%.1f KiB", float64(b)/float64(sched.KiB))
+	}
+	return fmt.Sprintf("%d B", int64(b))
+}
+
+// roundUp returns the next whole MiB.
+func roundUp(b sched.Bytes) sched.Bytes {
+	return (b + sched.MiB - 1) / sched.MiB * sched.MiB
+}

@@ -1,0 +1,140 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/netx"
+)
+
+// attempt is one request on its way to a remote, and its answer. The sender
+// writes status, header and size before it posts Answered; nobody reads them
+// earlier.
+type attempt struct {
+	op     bus.OpID
+	in     *netx.Inbound // only what does not change once it is parked
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	status int
+	header http.Header
+	size   int64 // -1 when the remote does not say
+	body   *netx.Body
+}
+
+// peek429 is how much of a 429's body is read for retry_after_ms.
+const peek429 = 4 << 10
+
+// carry takes a request to its remote and brings the answer. It runs on a
+// sender and posts exactly one Done.
+func (n *Node) carry(a *attempt) {
+	failure, detail := n.exchange(a)
+	n.end(a, failure, detail)
+}
+
+// crashed ends an attempt whose sender panicked.
+func (n *Node) crashed(a *attempt, err error) {
+	n.log.Error("a worker failed", "error", err)
+	n.end(a, matrix.FailLocal, "internal error")
+}
+
+func (n *Node) end(a *attempt, failure matrix.Failure, detail string) {
+	a.cancel()
+	if a.in.Body != nil {
+		a.in.Body.Release()
+	}
+	done := bus.Done{Op: a.op, Failure: failure, Detail: detail, Size: a.body.Size()}
+	if failure == matrix.FailNone {
+		_, done.Kept = a.body.Bytes()
+	} else {
+		n.notable.failed(a, failure, detail)
+	}
+	n.loop.Post(event{Event: done})
+}
+
+// exchange returns how the attempt ended, having closed the body for writing.
+func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
+	var err error
+	defer func() {
+		if failure != matrix.FailNone && err == nil {
+			err = errors.New(detail)
+		}
+		a.body.CloseWrite(err)
+	}()
+	ep := matrix.Match(a.in.Method, a.in.Target)
+	req := &netx.Request{
+		Destination: a.in.Destination, Method: a.in.Method, Target: a.in.Target, Header: a.in.Header,
+		Size: a.in.Size, Once: ep.Once,
+	}
+	if b := a.in.Body; b != nil {
+		req.Body = b.Reader() // closed by Do
+		req.GetBody = func() (io.ReadCloser, error) { return b.Reader(), nil }
+	}
+	resp, err := n.client.Do(a.ctx, req, func() { n.loop.Post(event{Event: bus.Connected{Op: a.op}}) })
+	if err != nil {
+		return netx.FailureOf(err), explain(err)
+	}
+	defer resp.Body.Close()
+	if resp.ContentLength > ep.MaxResponse {
+		return matrix.FailTooLarge, fmt.Sprintf("%d bytes, %d are allowed", resp.ContentLength, ep.MaxResponse)
+	}
+	a.status, a.header, a.size = resp.StatusCode, resp.Header, resp.ContentLength
+
+	var wait time.Duration
+	var begin []byte
+	if resp.StatusCode == http.StatusTooManyRequests {
+		begin, err = io.ReadAll(io.LimitReader(resp.Body, peek429))
+		wait, _ = matrix.ParseRetryAfter(resp.Header.Get("Retry-After"), begin, time.Now())
+	}
+	n.loop.Post(event{Event: bus.Answered{Op: a.op, Status: resp.StatusCode, RetryAfter: wait}})
+	if err == nil {
+		err = fill(a.body, begin, resp.Body, ep.MaxResponse)
+	}
+	switch {
+	case err == nil:
+		return matrix.FailNone, ""
+	case errors.Is(err, errAnswerTooLarge):
+		return matrix.FailTooLarge, err.Error()
+	case errors.Is(err, netx.ErrSpoolFull):
+		n.trouble.spool(err)
+		return matrix.FailLocal, err.Error()
+	}
+	return netx.FailureOf(err), explain(err)
+}
+
+var errAnswerTooLarge = errors.New("the answer's body is larger than its endpoint allows")
+
+// fill copies an answer's body, begin first, up to a limit.
+func fill(body *netx.Body, begin []byte, rest io.Reader, limit int64) error {
+	if _, err := body.Write(begin); err != nil {
+		return err
+	}
+	_, err := body.ReadFrom(io.LimitReader(rest, limit-int64(len(begin))))
+	if err != nil {
+		return err
+	}
+	var more [1]byte
+	switch _, err := io.ReadFull(rest, more[:]); err {
+	case io.EOF:
+		return nil
+	case nil:
+		return errAnswerTooLarge
+	default:
+		return err
+	}
+}
+
+// explain says what went wrong at the remote, for people.
+func explain(err error) string {
+	var e *netx.Error
+	if errors.As(err, &e) {
+		return e.Op + ": " + e.Err.Error()
+	}
+	return err.Error()
+}

@@ -1,0 +1,431 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/netx"
+	"fsbus/sched"
+)
+
+// Config is the configuration file. Load reads, completes and checks it.
+//
+// The struct is also the schema: the toml tag names the key, range the values
+// that a number, a size or a time may have, oneof those that a text may have,
+// eg an example for a key whose default is none, and a key tagged reload is
+// applied without a restart. config.example.toml shows every key; a test keeps
+// it and this struct the same.
+type Config struct {
+	// DataDir is the folder of the database and of the spool. It is made if it
+	// is missing, but the folder above it is not. Default "/var/lib/fsbus". It
+	// holds a few megabytes, and Outbound.SpoolDisk on top while large answers
+	// pass.
+	DataDir string `toml:"data_dir"`
+	// MemoryLimit is what the whole process may use at worst, in bytes; it
+	// does not start when Budget adds up to more. Default 64 MiB. A higher
+	// limit alone uses no more memory: it makes room for higher limits below.
+	MemoryLimit sched.Bytes `toml:"memory_limit" range:"16MiB..1024GiB"`
+	// LogLevel is the least serious message that is logged. Default "info".
+	// "debug" writes some lines for each request, which an SD card feels.
+	LogLevel string `toml:"log_level" oneof:"debug info warn error" reload:"yes"`
+	// LogFormat is "text" (default) or "json", one object a line.
+	LogFormat string `toml:"log_format" oneof:"text json"`
+	// DrainTimeout is how long requests that run may go on after the process
+	// was told to end. Default 10 s. The homeserver's new requests wait as
+	// long, in the accept backlog.
+	DrainTimeout Duration `toml:"drain_timeout" range:"0s..5m"`
+
+	Homeserver HomeserverConfig `toml:"homeserver"`
+	Front      FrontConfig      `toml:"front"`
+	Outbound   OutboundConfig   `toml:"outbound"`
+	Federation FederationConfig `toml:"federation"`
+	Status     StatusConfig     `toml:"status"`
+}
+
+// HomeserverConfig says whose traffic it is.
+type HomeserverConfig struct {
+	// ServerName is server_name of the homeserver's own configuration.
+	// Required.
+	ServerName matrix.ServerName `toml:"server_name" eg:"\"example.org\""`
+}
+
+// FrontConfig is the side that the homeserver connects to.
+type FrontConfig struct {
+	// Listen are the addresses: "unix:/path" or "address:port". Default
+	// unix:/run/fsbus/fsbus.sock. Each needs one goroutine and one of
+	// MaxConnections.
+	Listen []string `toml:"listen"`
+	// SecretPath is the file of the secret that the homeserver shows, the same
+	// as its worker_replication_secret_path. Space around the secret does not
+	// count. Other users must not be able to read the file, nor its group to
+	// write it. Either SecretPath or Secret is required.
+	SecretPath string `toml:"secret_path" eg:"\"/etc/fsbus/secret\""`
+	// Secret is the secret itself.
+	Secret Secret `toml:"secret" eg:"\"a long random text\""`
+	// SocketMode says who may connect to a unix socket. Default 0660: its
+	// owner and its group.
+	SocketMode FileMode `toml:"socket_mode"`
+	// SocketOwner and SocketGroup are the names or numbers that a unix socket
+	// is given. Default "": those of the process. Only root may give a socket
+	// away.
+	SocketOwner string `toml:"socket_owner" eg:"\"fsbus\""`
+	SocketGroup string `toml:"socket_group" eg:"\"matrix-synapse\""`
+	// AllowRemote allows TCP addresses that other machines can reach. Default
+	// false. The secret and all requests cross that network unencrypted.
+	AllowRemote bool `toml:"allow_remote"`
+	// MaxConnections is how many requests of the homeserver are held at a
+	// time; further ones wait in the accept backlog. Default 5000, as a
+	// homeserver sends to all servers of its rooms at once. Each costs 3 KiB
+	// and a file descriptor.
+	MaxConnections int `toml:"max_connections" range:"16..100000"`
+	// MaxReading is how many of them are being read at a time. Default 64.
+	// Each costs 50 KiB.
+	MaxReading int `toml:"max_reading" range:"16..1024"`
+
+	secret []byte // Secret, or what Load found at SecretPath
+}
+
+// OutboundConfig bounds what is sent to other servers.
+type OutboundConfig struct {
+	// Workers is how many requests to other servers run at a time. Default
+	// 128. Each costs 56 KiB, seven goroutines and two file descriptors.
+	Workers int `toml:"workers" range:"8..2048"`
+	// UnknownHosts is how many of the workers may wait for servers that have
+	// not answered yet. Default 96. After a start all servers are such.
+	UnknownHosts int `toml:"unknown_hosts" range:"1..2048" reload:"yes"`
+	// FailingHosts is how many of the workers may wait for servers whose last
+	// attempt failed. Default 16.
+	FailingHosts int `toml:"failing_hosts" range:"1..2048" reload:"yes"`
+	// HostConcurrency is how many requests to one server run at a time.
+	// Default 4. A Synapse works on 3 of one origin at a time.
+	HostConcurrency int `toml:"host_concurrency" range:"1..64" reload:"yes"`
+	// HostRate is how many requests to one server start in a second. Default
+	// 10, beyond which a Synapse delays.
+	HostRate float64 `toml:"host_rate" range:"0.1..1000.0" reload:"yes"`
+	// HostBurst is how many requests to one server may start at once before
+	// HostRate holds. Default 10.
+	HostBurst int `toml:"host_burst" range:"1..1000" reload:"yes"`
+	// MaxHosts is how many servers are remembered, more than
+	// Front.MaxConnections and Workers together. Default 10000. Each costs
+	// 800 bytes.
+	MaxHosts int `toml:"max_hosts" range:"100..1000000"`
+	// ConnectTimeout bounds connecting to one address of a server. Default 5 s.
+	// A worker is busy for as long with a server that is gone, at most 30 s
+	// with all of its addresses.
+	ConnectTimeout Duration `toml:"connect_timeout" range:"100ms..1m"`
+	// TLSTimeout bounds the TLS handshake. Default 8 s. A worker is busy for
+	// as long.
+	TLSTimeout Duration `toml:"tls_timeout" range:"100ms..1m"`
+	// BodyTimeout is how long a server may pause inside an answer. Default
+	// 60 s. A worker is busy for as long.
+	BodyTimeout Duration `toml:"body_timeout" range:"1s..10m"`
+	// HandshakesPerSecond paces TLS handshakes, all servers together. Default
+	// 50. Each costs 1 to 3 ms of a fast core, and ten times that of a small
+	// board's.
+	HandshakesPerSecond float64 `toml:"handshakes_per_second" range:"1.0..10000.0"`
+	// DNSQueries is how many DNS queries run at a time. Default 16. Each costs
+	// a file descriptor.
+	DNSQueries int `toml:"dns_queries" range:"1..256"`
+	// IdleConnections is how many connections to other servers stay open for
+	// the next request, which then needs no handshake. Default 64. Each costs
+	// 40 KiB, two goroutines and a file descriptor.
+	IdleConnections int `toml:"idle_connections" range:"1..4096"`
+	// IdleTimeout is how long such a connection stays open. Default 60 s.
+	IdleTimeout Duration `toml:"idle_timeout" range:"1s..10m"`
+	// Cache is how many bytes of answers are kept for equal requests. Default
+	// 2 MiB; 0 keeps none.
+	Cache sched.Bytes `toml:"cache" range:"0..1GiB" reload:"yes"`
+	// CacheEntries is how many answers are kept. Default 2000; 0 keeps none.
+	CacheEntries int `toml:"cache_entries" range:"0..1000000" reload:"yes"`
+	// SpoolMemory is how many bytes of requests and answers on their way are
+	// held in memory. Default 4 MiB. What is beyond goes to disk.
+	SpoolMemory sched.Bytes `toml:"spool_memory" range:"0..1GiB"`
+	// SpoolDisk is how many bytes of them are held in DataDir. Default 1 GiB:
+	// ten joins of the largest rooms.
+	SpoolDisk sched.Bytes `toml:"spool_disk" range:"64MiB..1024GiB"`
+	// SpoolInline is the size above which one body goes to disk. Default
+	// 64 KiB. It counts towards SpoolMemory.
+	SpoolInline sched.Bytes `toml:"spool_inline" range:"4KiB..16MiB"`
+}
+
+// FederationConfig says which servers may be reached, and how.
+type FederationConfig struct {
+	// CAFile holds certificates in PEM that are trusted besides the system's.
+	// Default "": none.
+	CAFile string `toml:"ca_file" eg:"\"/etc/fsbus/ca.pem\""`
+	// IPRangeBlocklist are the addresses that are never connected to. Default:
+	// Synapse's ip_range_blacklist, which are the networks that are not public;
+	// an empty list blocks next to nothing.
+	IPRangeBlocklist []string `toml:"ip_range_blocklist" eg:"[\"10.0.0.0/8\", \"fc00::/7\"]"`
+	// IPRangeAllowlist are exceptions to IPRangeBlocklist. Default: none.
+	IPRangeAllowlist []string `toml:"ip_range_allowlist" eg:"[\"10.1.2.3/32\"]"`
+	// Resolve gives servers an address in place of a lookup: "name" or
+	// "name:port" = "address" or "address:port". Default: none.
+	Resolve map[string]string `toml:"resolve" eg:"{\"hs2.test\" = \"127.0.0.1\"}"`
+}
+
+// StatusConfig is the page for admins and monitoring.
+type StatusConfig struct {
+	// Listen is its address, "address:port" or "unix:/path"; "" turns it off.
+	// Default 127.0.0.1:8011. It costs up to eight goroutines.
+	Listen string `toml:"listen"`
+	// AllowRemote allows a TCP address that other machines can reach. Default
+	// false. The page has no password, and names the servers that are talked
+	// to.
+	AllowRemote bool `toml:"allow_remote"`
+}
+
+// DefaultConfig returns what holds for keys that are not set. It lacks what
+// has no default: the server name and the secret.
+func DefaultConfig() Config {
+	core := bus.Default()
+	return Config{
+		DataDir:      "/var/lib/fsbus",
+		MemoryLimit:  64 * sched.MiB,
+		LogLevel:     "info",
+		LogFormat:    "text",
+		DrainTimeout: Duration(10 * time.Second),
+		Front: FrontConfig{
+			Listen:         []string{"unix:/run/fsbus/fsbus.sock"},
+			SocketMode:     0o660,
+			MaxConnections: int(core.MaxRequests),
+			MaxReading:     64,
+		},
+		Outbound: OutboundConfig{
+			Workers:             int(core.Workers),
+			UnknownHosts:        int(core.Unknown),
+			FailingHosts:        int(core.Failing),
+			HostConcurrency:     int(core.HostConcurrency),
+			HostRate:            core.HostRate,
+			HostBurst:           int(core.HostBurst),
+			MaxHosts:            int(core.MaxHosts),
+			ConnectTimeout:      Duration(5 * time.Second),
+			TLSTimeout:          Duration(8 * time.Second),
+			BodyTimeout:         Duration(60 * time.Second),
+			HandshakesPerSecond: 50,
+			DNSQueries:          16,
+			IdleConnections:     64,
+			IdleTimeout:         Duration(60 * time.Second),
+			Cache:               core.CacheBytes,
+			CacheEntries:        int(core.CacheEntries),
+			SpoolMemory:         4 * sched.MiB,
+			SpoolDisk:           sched.GiB,
+			SpoolInline:         64 * sched.KiB,
+		},
+		Federation: FederationConfig{
+			IPRangeBlocklist: netx.DefaultBlocklist(),
+			IPRangeAllowlist: []string{},
+			Resolve:          map[string]string{},
+		},
+		Status: StatusConfig{Listen: "127.0.0.1:8011"},
+	}
+}
+
+// maxConfigFile is far more than a configuration has, so that a wrong path
+// does not fill the memory.
+const maxConfigFile = sched.MiB
+
+// Load reads the configuration file at path, completes it from DefaultConfig,
+// makes the paths in it absolute (a relative one starts at the file's folder),
+// reads the files that it names, and checks everything. It changes nothing on
+// disk. Its error consists of *ConfigError: all that is wrong, joined, in the
+// order of their lines.
+func Load(path string) (*Config, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return nil, &ConfigError{File: path, Problem: reason(err), Want: "the path of a configuration file"}
+	}
+	text, err := readSmall(abs, maxConfigFile)
+	if err != nil {
+		return nil, &ConfigError{File: path, Problem: reason(err), Want: "a configuration file, such as config.example.toml"}
+	}
+	return parseConfig(path, filepath.Dir(abs), string(text))
+}
+
+// parseConfig is Load for the text of a file that lies in dir. Errors call the
+// file name.
+func parseConfig(name, dir, text string) (*Config, error) {
+	doc, err := parseDocument(text)
+	if err != nil {
+		return nil, syntaxError(name, text, err)
+	}
+	c := DefaultConfig()
+	k := &checker{file: name, dir: dir, doc: doc, c: &c}
+	k.decode()
+	k.check()
+	if err := k.err(); err != nil {
+		return nil, err
+	}
+	return &c, nil
+}
+
+// A ConfigError is one mistake in the configuration.
+type ConfigError struct {
+	File    string // as it was given
+	Line    int    // of the key, or where it would belong; 0 if none is to blame
+	Key     string // "section.key"; "" if none is to blame
+	Problem string
+	Want    string // what would be right
+}
+
+// Error returns the mistake on one line: "FILE:LINE: key: problem; want ...".
+func (e *ConfigError) Error() string {
+	s := e.File
+	if e.Line > 0 {
+		s += ":" + strconv.Itoa(e.Line)
+	}
+	if e.Key != "" {
+		s += ": " + e.Key
+	}
+	s += ": " + e.Problem
+	if e.Want != "" {
+		s += "; want " + e.Want
+	}
+	return s
+}
+
+// Core returns the limits of the core.
+func (c *Config) Core() bus.Config {
+	o := &c.Outbound
+	return bus.Config{
+		Workers:         sched.Slots(o.Workers),
+		Unknown:         sched.Slots(o.UnknownHosts),
+		Failing:         sched.Slots(o.FailingHosts),
+		HostConcurrency: int32(o.HostConcurrency),
+		HostRate:        o.HostRate,
+		HostBurst:       int32(o.HostBurst),
+		MaxRequests:     int32(c.Front.MaxConnections),
+		MaxHosts:        int32(o.MaxHosts),
+		CacheEntries:    int32(o.CacheEntries),
+		CacheBytes:      o.Cache,
+	}
+}
+
+// level returns LogLevel as slog has it.
+func (c *Config) level() slog.Level {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(c.LogLevel)); err != nil {
+		panic(fmt.Sprintf("node: a log level that was not checked: %v", err))
+	}
+	return l
+}
+
+// frontListenOptions returns how the addresses of Front.Listen are opened.
+func (c *Config) frontListenOptions() netx.ListenOptions {
+	f := &c.Front
+	return netx.ListenOptions{Mode: fs.FileMode(f.SocketMode), Owner: f.SocketOwner, Group: f.SocketGroup, AllowRemote: f.AllowRemote}
+}
+
+// Duration is a time in the configuration, written with its unit: "500ms",
+// "30s", "1m30s". It is never negative.
+type Duration time.Duration
+
+// UnmarshalText implements encoding.TextUnmarshaler. It refuses a number
+// without a unit, and a negative one.
+func (d *Duration) UnmarshalText(text []byte) error {
+	v, err := time.ParseDuration(string(text))
+	if err != nil {
+		return err
+	}
+	if v < 0 || string(text) == "0" {
+		return fmt.Errorf("%q: not a time with a unit", text)
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// String returns d as in the configuration.
+func (d Duration) String() string {
+	s := time.Duration(d).String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}
+
+// FileMode is the mode of a file in the configuration, written as chmod has
+// it: "0660".
+type FileMode fs.FileMode
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (m *FileMode) UnmarshalText(text []byte) error {
+	v, err := strconv.ParseUint(string(text), 8, 32)
+	if err != nil {
+		return err
+	}
+	if v > 0o777 {
+		return fmt.Errorf("%q: more than permission bits", text)
+	}
+	*m = FileMode(v)
+	return nil
+}
+
+// String returns m as in the configuration.
+func (m FileMode) String() string { return fmt.Sprintf("%04o", uint32(m)) }
+
+// Secret is a text that is not printed.
+type Secret string
+
+// String returns a stand-in, so that no log line or error shows the secret.
+func (s Secret) String() string {
+	if s == "" {
+		return ""
+	}
+	return "(hidden)"
+}
+
+// GoString is String, for %#v.
+func (s Secret) GoString() string { return strconv.Quote(s.String()) }
+
+// MarshalText is String, for encoders such as slog's.
+func (s Secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// errTooLarge and errNotRegular say why a file is not read.
+var (
+	errTooLarge   = errors.New("is too large")
+	errNotRegular = errors.New("is not a regular file")
+)
+
+// readSmall reads a regular file of at most limit bytes. A device or a pipe
+// might never end.
+func readSmall(path string, limit sched.Bytes) ([]byte, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !fi.Mode().IsRegular() {
+		return nil, errNotRegular
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
+	if err == nil && sched.Bytes(len(b)) > limit {
+		err = fmt.Errorf("%w: more than %v", errTooLarge, limit)
+	}
+	return b, err
+}
+
+// reason returns what went wrong with a file, without the operation and the
+// path, which the error's reader knows.
+func reason(err error) string {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
+		err = pe.Err
+	}
+	return err.Error()
+}

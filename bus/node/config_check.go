@@ -1,0 +1,492 @@
+package node
+
+import (
+	"cmp"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/BurntSushi/toml"
+	"golang.org/x/sys/unix"
+
+	"fsbus/bus/matrix"
+	"fsbus/netx"
+	"fsbus/sched"
+)
+
+const (
+	// maxListen leaves most of the least MaxReading to connections: a listener
+	// takes one of these places while it waits.
+	maxListen = 8
+	// maxSocketPath is the longest path of a unix socket: sun_path of unix(7)
+	// without its final zero.
+	maxSocketPath = 107
+	// maxEntries bounds each list and table of the configuration.
+	maxEntries = 1000
+	// maxSecretFile bounds the file of the secret, and so what the homeserver
+	// has to send with each request.
+	maxSecretFile = sched.KiB
+	// maxCAFile is ten times the size of a system's bundle.
+	maxCAFile = 4 * sched.MiB
+	// shortSecret is the length in bytes below which Warnings complains:
+	// shorter ones can be guessed by a program that may connect.
+	shortSecret = 16
+	// exampleSecret is the one in config.example.toml.
+	exampleSecret = "please-change-this-secret"
+)
+
+// A checker collects the mistakes of one file.
+type checker struct {
+	file, dir string // dir is where relative paths start
+	doc       *document
+	c         *Config
+	errs      []*ConfigError
+}
+
+// bad reports what is wrong with a key, and what would be right.
+func (k *checker) bad(key, problem, want string) {
+	k.badAt(strings.Split(key, "."), problem, want)
+}
+
+func (k *checker) badAt(path toml.Key, problem, want string) {
+	k.errs = append(k.errs, &ConfigError{k.file, k.doc.line(path), clean(path.String()), problem, want})
+}
+
+// err returns all that was reported, in the order of the lines.
+func (k *checker) err() error {
+	slices.SortStableFunc(k.errs, func(a, b *ConfigError) int { return cmp.Compare(a.Line, b.Line) })
+	errs := make([]error, len(k.errs))
+	for i, e := range k.errs {
+		errs[i] = e
+	}
+	return errors.Join(errs...)
+}
+
+// check looks at the values, and at the files and folders that they name.
+func (k *checker) check() {
+	numbersFine := k.ranges()
+	k.dataDir()
+	k.serverName()
+	k.front()
+	k.secret()
+	k.federation()
+	k.status()
+	if numbersFine { // else what contradicts what would be a guess
+		k.core()
+		k.memory()
+	}
+}
+
+// ranges holds every value against the limits in its tag. It reports whether
+// all numbers are within theirs.
+func (k *checker) ranges() bool {
+	fine := true
+	for _, f := range k.c.fields() {
+		if names := strings.Fields(f.tag.Get("oneof")); len(names) > 0 && !slices.Contains(names, f.value.String()) {
+			k.bad(f.key(), "is "+quote(f.value.String()), `"`+strings.Join(names, `" or "`)+`"`)
+		}
+		v, numeric := number(f.value.Interface())
+		if !numeric {
+			continue
+		}
+		least, most, _ := strings.Cut(f.tag.Get("range"), "..")
+		if lo, hi := f.parse(least), f.parse(most); !(lo <= v && v <= hi) {
+			fine = false
+			k.bad(f.key(), "is "+tomlValue(f.value.Interface()), f.limits())
+		}
+	}
+	return fine
+}
+
+// number returns the values that have a range in a common form.
+func number(v any) (float64, bool) {
+	switch v := v.(type) {
+	case int:
+		return float64(v), true
+	case float64:
+		return v, true
+	case sched.Bytes:
+		return float64(v), true
+	case Duration:
+		return float64(v), true
+	}
+	return 0, false
+}
+
+// parse reads one end of the range in the tag of f.
+func (f field) parse(s string) float64 {
+	var v any
+	var err error
+	switch f.value.Interface().(type) {
+	case sched.Bytes:
+		v, err = sched.ParseBytes(s)
+	case Duration:
+		var d time.Duration
+		d, err = time.ParseDuration(s)
+		v = Duration(d)
+	default:
+		v, err = strconv.ParseFloat(s, 64)
+	}
+	if err != nil {
+		panic(fmt.Sprintf("node: the range of %s: %v", f.key(), err))
+	}
+	n, _ := number(v)
+	return n
+}
+
+// limits returns the range in the tag of f, with its ends as they would stand
+// in a file.
+func (f field) limits() string {
+	least, most, _ := strings.Cut(f.tag.Get("range"), "..")
+	switch f.value.Interface().(type) {
+	case sched.Bytes, Duration:
+		least, most = strconv.Quote(least), strconv.Quote(most)
+	}
+	return least + " to " + most
+}
+
+// abs returns a path of the file as an absolute one.
+func (k *checker) abs(path string) string {
+	if filepath.IsAbs(path) {
+		return filepath.Clean(path)
+	}
+	return filepath.Join(k.dir, path)
+}
+
+func (k *checker) dataDir() {
+	const key = "data_dir"
+	if k.c.DataDir == "" {
+		k.bad(key, "is empty", `the path of a folder, such as data_dir = "/var/lib/fsbus"`)
+		return
+	}
+	k.c.DataDir = k.abs(k.c.DataDir)
+	// It, or what it will be made in.
+	dir := k.c.DataDir
+	fi, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		dir = filepath.Dir(dir)
+		fi, err = os.Stat(dir)
+	}
+	if err == nil && !fi.IsDir() {
+		err = unix.ENOTDIR
+	}
+	if err == nil {
+		err = unix.Access(dir, unix.W_OK|unix.X_OK)
+	}
+	if err != nil {
+		k.bad(key, fmt.Sprintf("%s cannot be used: %s: %s", quote(k.c.DataDir), quote(dir), reason(err)),
+			"a folder that the user who runs fsbus can write to, or can make in the one above it")
+	}
+}
+
+func (k *checker) serverName() {
+	const key = "homeserver.server_name"
+	const want = `the homeserver's server_name, such as server_name = "example.org"`
+	if k.reported(key) {
+		return
+	}
+	if k.c.Homeserver.ServerName == "" {
+		k.bad(key, "is not set", want)
+		return
+	}
+	if _, err := matrix.ParseServerName(string(k.c.Homeserver.ServerName)); err != nil {
+		k.bad(key, "is "+quote(string(k.c.Homeserver.ServerName))+": "+clean(err.Error()), want)
+	}
+}
+
+// reported reports whether there is a mistake in a key or its section already,
+// so that its value says nothing.
+func (k *checker) reported(key string) bool {
+	return slices.ContainsFunc(k.errs, func(e *ConfigError) bool { return e.Key == key || strings.HasPrefix(key, e.Key+".") })
+}
+
+func (k *checker) front() {
+	c := &k.c.Front
+	const key = "front.listen"
+	if n := len(c.Listen); n < 1 || n > maxListen {
+		k.bad(key, fmt.Sprintf("has %d entries", n), fmt.Sprintf("1 to %d addresses", maxListen))
+	}
+	for i, spec := range c.Listen {
+		c.Listen[i] = k.listen(key, spec, c.AllowRemote, "the secret and all requests would cross the network unencrypted")
+		if slices.Contains(c.Listen[:i], c.Listen[i]) {
+			k.bad(key, "has "+quote(spec)+" twice", "each address once")
+		}
+	}
+	if c.SocketMode&0o600 != 0o600 {
+		k.bad("front.socket_mode", "is "+tomlValue(c.SocketMode), `a mode that lets the owner connect, such as socket_mode = "0660"`)
+	}
+	if !userExists(c.SocketOwner) {
+		k.bad("front.socket_owner", fmt.Sprintf("this system has no user %s", quote(c.SocketOwner)), "the name or the number of a user")
+	}
+	if !groupExists(c.SocketGroup) {
+		k.bad("front.socket_group", fmt.Sprintf("this system has no group %s", quote(c.SocketGroup)), "the name or the number of a group")
+	}
+}
+
+// userExists reports whether s is empty, a number or the name of a user.
+func userExists(s string) bool {
+	_, err := user.Lookup(s)
+	return s == "" || err == nil || isID(s)
+}
+
+// groupExists reports whether s is empty, a number or the name of a group.
+func groupExists(s string) bool {
+	_, err := user.LookupGroup(s)
+	return s == "" || err == nil || isID(s)
+}
+
+func isID(s string) bool {
+	_, err := strconv.ParseUint(s, 10, 31)
+	return err == nil
+}
+
+// listen checks an address to listen on, and returns it with an absolute path.
+// risk is what speaks against an address that other machines can reach.
+func (k *checker) listen(key, spec string, remote bool, risk string) string {
+	const want = `"unix:/path" or "address:port", such as "127.0.0.1:8009"`
+	if path, ok := strings.CutPrefix(spec, "unix:"); ok {
+		if path == "" || strings.ContainsFunc(path, unicode.IsControl) {
+			k.bad(key, "has "+quote(spec), want)
+			return spec
+		}
+		path = k.abs(path)
+		if len(path) > maxSocketPath {
+			k.bad(key, fmt.Sprintf("the path %s has %d bytes", quote(path), len(path)), fmt.Sprintf("at most %d, as the system has it for sockets", maxSocketPath))
+		}
+		return "unix:" + path
+	}
+	host, port, err := net.SplitHostPort(spec)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	var addr netip.Addr
+	switch {
+	case err != nil:
+	case host == "localhost":
+		addr = netip.IPv6Loopback()
+	case host != "":
+		addr, err = netip.ParseAddr(host)
+	}
+	if err != nil {
+		k.bad(key, "has "+quote(spec), want)
+		return spec
+	}
+	if !addr.IsLoopback() && !remote {
+		section, _, _ := strings.Cut(key, ".")
+		k.bad(key, fmt.Sprintf("other machines can reach %s, and %s", quote(spec), risk),
+			`"unix:/path" or "127.0.0.1:port", or allow_remote = true in [`+section+`] if that network is trusted`)
+	}
+	return spec
+}
+
+// secret checks where the secret is, and reads it.
+func (k *checker) secret() {
+	c := &k.c.Front
+	const key, pathKey = "front.secret", "front.secret_path"
+	if k.reported(key) || k.reported(pathKey) {
+		return
+	}
+	switch {
+	case c.SecretPath == "" && c.Secret == "":
+		k.bad(pathKey, "neither this nor secret is set", `the file that has the secret, such as secret_path = "/etc/fsbus/secret"`)
+		return
+	case c.SecretPath != "" && c.Secret != "":
+		k.bad(key, "is set besides secret_path", "only one of the two")
+		return
+	case c.Secret != "":
+		c.secret = []byte(c.Secret)
+		if problem := secretProblem(c.secret); problem != "" {
+			k.bad(key, problem, "a long random text")
+		}
+		return
+	}
+	c.SecretPath = k.abs(c.SecretPath)
+	const want = "a file that holds the secret and nothing else, readable for the user who runs fsbus"
+	fi, err := os.Stat(c.SecretPath)
+	if err != nil {
+		k.bad(pathKey, quote(c.SecretPath)+": "+reason(err), want)
+		return
+	}
+	if mode := fi.Mode().Perm(); fi.Mode().IsRegular() && mode&0o026 != 0 {
+		k.bad(pathKey, fmt.Sprintf("%s has mode %v: users who should not can read or change it", quote(c.SecretPath), FileMode(mode)),
+			"mode 0640 or 0600 (chmod 640 "+clean(c.SecretPath)+")")
+	}
+	b, err := readSmall(c.SecretPath, maxSecretFile)
+	if err != nil {
+		k.bad(pathKey, quote(c.SecretPath)+": "+reason(err), want)
+		return
+	}
+	// Synapse strips it as well.
+	c.secret = []byte(strings.TrimSpace(string(b)))
+	if problem := secretProblem(c.secret); problem != "" {
+		k.bad(pathKey, quote(c.SecretPath)+" "+problem, want)
+	}
+}
+
+// secretProblem says why a secret cannot stand in a header field.
+func secretProblem(secret []byte) string {
+	switch s := string(secret); {
+	case s == "":
+		return "is empty"
+	case strings.ContainsFunc(s, func(r rune) bool { return unicode.IsControl(r) || r == unicode.ReplacementChar }):
+		return "has a line break or another control character"
+	case strings.TrimSpace(s) != s:
+		return "begins or ends with a space"
+	}
+	return ""
+}
+
+// core lets the core check the limits that contradict one another. It reports
+// one at a time; each is then put right, to hear of the others as well.
+func (k *checker) core() {
+	core := k.c.Core()
+	for err := core.Validate(); err != nil; err = core.Validate() {
+		// It begins with the name of the key.
+		name, rest, _ := strings.Cut(err.Error(), " ")
+		problem, want, _ := strings.Cut(rest, ", it must be ")
+		k.bad("outbound."+name, problem, want)
+		switch name {
+		case "unknown_hosts":
+			core.Unknown = 1
+		case "failing_hosts":
+			core.Failing = 1
+		default:
+			return
+		}
+	}
+}
+
+// memory holds what everything may use against the limit.
+func (k *checker) memory() {
+	b := k.c.Budget()
+	if b.Memory <= b.Limit {
+		return
+	}
+	k.bad("memory_limit", fmt.Sprintf("is %s, but the settings may use %s", tomlValue(b.Limit), inMiB(b.Memory)),
+		fmt.Sprintf("at least memory_limit = %s, or lower %s", tomlValue(roundUp(b.Memory)), b.largest(3)))
+}
+
+func (k *checker) federation() {
+	c := &k.c.Federation
+	k.caFile()
+	k.ipRanges("federation.ip_range_blocklist", c.IPRangeBlocklist)
+	k.ipRanges("federation.ip_range_allowlist", c.IPRangeAllowlist)
+	k.resolve()
+}
+
+func (k *checker) ipRanges(key string, list []string) {
+	if len(list) > maxEntries {
+		k.bad(key, fmt.Sprintf("has %d entries", len(list)), fmt.Sprintf("at most %d", maxEntries))
+		return
+	}
+	for _, s := range list {
+		if _, err := netx.NewBlocklist([]string{s}, nil); err != nil {
+			_, why, _ := strings.Cut(err.Error(), strconv.Quote(s))
+			k.bad(key, "has "+quote(s)+why, `address ranges, such as "10.0.0.0/8" or "fc00::/7"`)
+		}
+	}
+}
+
+func (k *checker) caFile() {
+	const key = "federation.ca_file"
+	c := &k.c.Federation
+	if c.CAFile == "" {
+		return
+	}
+	c.CAFile = k.abs(c.CAFile)
+	const want = "a file with certificates in PEM"
+	pem, err := readSmall(c.CAFile, maxCAFile)
+	if err != nil {
+		k.bad(key, quote(c.CAFile)+": "+reason(err), want)
+		return
+	}
+	if !x509.NewCertPool().AppendCertsFromPEM(pem) {
+		k.bad(key, quote(c.CAFile)+" holds no certificate", want)
+	}
+}
+
+func (k *checker) resolve() {
+	const key = "federation.resolve"
+	c := &k.c.Federation
+	if len(c.Resolve) > maxEntries {
+		k.bad(key, fmt.Sprintf("has %d entries", len(c.Resolve)), fmt.Sprintf("at most %d", maxEntries))
+		return
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.Resolve)) {
+		addr := c.Resolve[name]
+		if _, err := netx.NewStatic(map[string]string{name: addr}); err != nil {
+			_, why, _ := strings.Cut(err.Error(), strconv.Quote(addr)+": ")
+			k.badAt(toml.Key{"federation", "resolve", name}, "is "+quote(addr)+": "+clean(why),
+				`"name" = "address", "name:port" = "address" or "name:port" = "address:port"`)
+		}
+	}
+}
+
+func (k *checker) status() {
+	c := &k.c.Status
+	if c.Listen == "" {
+		return
+	}
+	c.Listen = k.listen("status.listen", c.Listen, c.AllowRemote, "the page has no password")
+	if slices.Contains(k.c.Front.Listen, c.Listen) && !strings.HasSuffix(c.Listen, ":0") {
+		k.bad("status.listen", quote(c.Listen)+" is in front.listen as well", "an address of its own")
+	}
+}
+
+// Warnings returns what works but should not stay as it is, one sentence each.
+func (c *Config) Warnings() []string {
+	var out []string
+	warn := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	switch {
+	case string(c.Front.secret) == exampleSecret:
+		warn("the secret is the one of the example, which everybody knows: replace it")
+	case len(c.Front.secret) < shortSecret:
+		warn("the secret has %d characters: use at least %d random ones", len(c.Front.secret), shortSecret)
+	}
+	for _, spec := range c.Front.Listen {
+		if path, ok := strings.CutPrefix(spec, "unix:"); ok {
+			dir := filepath.Dir(path)
+			if _, err := os.Stat(dir); err != nil && dir != c.DataDir {
+				warn("front.listen: the folder %s is not there, and is not made by fsbus", quote(dir))
+			}
+			continue
+		}
+		host, port, _ := net.SplitHostPort(spec)
+		if addr, _ := netip.ParseAddr(host); !addr.IsLoopback() && host != "localhost" {
+			warn("front.listen: %s crosses the network unencrypted, secret included", quote(spec))
+		}
+		if port == "0" {
+			warn("front.listen: port 0 is another port after each start")
+		}
+	}
+	if len(c.Federation.IPRangeBlocklist) == 0 {
+		warn("federation.ip_range_blocklist is empty: any server can make fsbus connect to private addresses")
+	}
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil {
+		if w := fileWarning(c.Budget().FileDescriptors, uint64(limit.Cur)); w != "" {
+			out = append(out, w)
+		}
+	}
+	return out
+}
+
+// fileWarning complains about a limit of open files below what is needed.
+func fileWarning(need int, limit uint64) string {
+	if uint64(need) <= limit {
+		return ""
+	}
+	return fmt.Sprintf("the system allows %d open files, and %d may be needed: raise LimitNOFILE in the systemd unit (or ulimit -n), or lower front.max_connections", limit, need)
+}

@@ -1,0 +1,41 @@
+package node
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// SynapseConfig returns the lines for homeserver.yaml that make Synapse send
+// its federation requests to the first address of Front.Listen. A secret that
+// is in the configuration itself is not shown.
+func (c *Config) SynapseConfig() string {
+	var b strings.Builder
+	b.WriteString("# For homeserver.yaml of Synapse 1.89 or newer. An instance_map that is there\n" +
+		"# already gets the one line more.\n" +
+		"instance_map:\n")
+	if path, ok := strings.CutPrefix(c.Front.Listen[0], "unix:"); ok {
+		fmt.Fprintf(&b, "  fsbus: {path: %s}\n", yamlText(path))
+	} else {
+		host, port, _ := net.SplitHostPort(c.Front.Listen[0])
+		if addr, _ := netip.ParseAddr(host); host == "" || addr.IsUnspecified() {
+			host = "127.0.0.1" // or, from another machine, this one's address
+		}
+		fmt.Fprintf(&b, "  fsbus: {host: %s, port: %s}\n", yamlText(host), port)
+	}
+	b.WriteString("outbound_federation_restricted_to: [fsbus]\n")
+	if c.Front.SecretPath != "" {
+		fmt.Fprintf(&b, "# Before Synapse 1.126: worker_replication_secret, with the text in that file.\n"+
+			"worker_replication_secret_path: %s\n", yamlText(c.Front.SecretPath))
+	} else {
+		b.WriteString("# worker_replication_secret: the text that is secret in [front] of the\n" +
+			"# configuration of fsbus, which is not shown here.\n")
+	}
+	return b.String()
+}
+
+// yamlText returns s in double quotes. What Go escapes YAML escapes alike
+// (YAML 1.2.2, 5.7).
+func yamlText(s string) string { return strconv.Quote(s) }

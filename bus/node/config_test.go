@@ -1,0 +1,664 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/BurntSushi/toml"
+
+	"fsbus/bus"
+	"fsbus/netx"
+	"fsbus/sched"
+)
+
+// minimal is a configuration with nothing but what is required.
+const minimal = `data_dir = "."
+[homeserver]
+server_name = "example.org"
+[front]
+listen = ["127.0.0.1:8009"]
+secret = "0123456789abcdef"
+`
+
+// mustParse returns the configuration in text, whose relative paths start at a
+// folder of the test's own.
+func mustParse(t testing.TB, text string) *Config {
+	t.Helper()
+	c, err := parseConfig("FILE", t.TempDir(), text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// configErrors returns the parts of an error of Load.
+func configErrors(t testing.TB, err error) []*ConfigError {
+	t.Helper()
+	if one, ok := err.(*ConfigError); ok {
+		return []*ConfigError{one}
+	}
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		t.Fatalf("%T is neither a ConfigError nor several: %v", err, err)
+	}
+	var all []*ConfigError
+	for _, err := range joined.Unwrap() {
+		one, ok := err.(*ConfigError)
+		if !ok {
+			t.Fatalf("%T is not a ConfigError: %v", err, err)
+		}
+		all = append(all, one)
+	}
+	return all
+}
+
+// The files in testdata/config are wrong, each in one way or in some that go
+// together. What has to be said about a file stands at its end, in comments
+// that begin with "#!".
+func TestConfigMistakesAreExplained(t *testing.T) {
+	files, err := filepath.Glob("testdata/config/*.toml")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("%d files, %v", len(files), err)
+	}
+	for _, file := range files {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			b, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want []string
+			for line := range strings.Lines(string(b)) {
+				if s, ok := strings.CutPrefix(line, "#! "); ok {
+					want = append(want, strings.TrimSuffix(s, "\n"))
+				}
+			}
+			dir := t.TempDir()
+			_, err = parseConfig("FILE", dir, string(b))
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			got := strings.ReplaceAll(err.Error(), dir, "DIR")
+			if w := strings.Join(want, "\n"); got != w {
+				t.Errorf("got\n%s\nwant\n%s", got, w)
+			}
+			for _, secret := range []string{"hunter2", "correct-horse", "1234567890123456", "0123456789abcdef"} {
+				if strings.Contains(got, secret) {
+					t.Errorf("shows %q", secret)
+				}
+			}
+		})
+	}
+}
+
+func TestConfigDefaults(t *testing.T) {
+	dir := t.TempDir()
+	c, err := parseConfig("FILE", dir, minimal)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := DefaultConfig()
+	want.DataDir = dir
+	want.Homeserver.ServerName = "example.org"
+	want.Front.Listen = []string{"127.0.0.1:8009"}
+	want.Front.Secret = "0123456789abcdef"
+	want.Front.secret = []byte("0123456789abcdef")
+	if !reflect.DeepEqual(*c, want) {
+		t.Errorf("got %+v\nwant %+v", *c, want)
+	}
+	if got := c.Core(); got != bus.Default() {
+		t.Errorf("Core() = %+v, want bus.Default(), %+v", got, bus.Default())
+	}
+	if !slices.Equal(c.Federation.IPRangeBlocklist, netx.DefaultBlocklist()) {
+		t.Error("the block-list is not netx.DefaultBlocklist()")
+	}
+}
+
+// Every key is set to something else than its default, and arrives.
+func TestConfigEveryKeyIsRead(t *testing.T) {
+	const text = `data_dir = "d"
+memory_limit = "256MiB"
+log_level = "debug"
+log_format = "json"
+drain_timeout = "1m30s"
+homeserver.server_name = "Example.ORG:8448"
+[front]
+listen = ["unix:s/fsbus.sock", "unix:/run/x.sock", "[::1]:8009", "localhost:0", "10.0.0.1:8009"]
+secret = "another secret"
+socket_mode = "0666"
+socket_owner = "0"
+socket_group = "0"
+allow_remote = true
+max_connections = 1000
+max_reading = 32
+[outbound]
+workers = 64
+unknown_hosts = 48
+failing_hosts = 8
+host_concurrency = 2
+host_rate = 5
+host_burst = 20
+max_hosts = 20_000
+connect_timeout = "1s"
+tls_timeout = "2s"
+body_timeout = "3s"
+handshakes_per_second = 12.5
+dns_queries = 4
+idle_connections = 8
+idle_timeout = "2m"
+cache = "0"
+cache_entries = 0
+spool_memory = "1MiB"
+spool_disk = "2GiB"
+spool_inline = "16KiB"
+[federation]
+ip_range_blocklist = []
+ip_range_allowlist = ["10.0.0.0/8"]
+resolve = {"HS2.test" = "127.0.0.1", "hs3.test:8448" = "[::1]:8449"}
+[status]
+listen = "unix:status.sock"
+allow_remote = true
+`
+	dir := t.TempDir()
+	c, err := parseConfig("FILE", dir, text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := DefaultConfig()
+	defaults := d.fields()
+	for i, f := range c.fields() {
+		if f.equal(defaults[i]) && f.key() != "front.secret_path" && f.key() != "federation.ca_file" {
+			t.Errorf("%s is still the default, %v", f.key(), f.value)
+		}
+	}
+	for _, tt := range []struct{ key, got, want string }{
+		{"data_dir", c.DataDir, dir + "/d"},
+		{"server_name", string(c.Homeserver.ServerName), "Example.ORG:8448"},
+		{"listen", fmt.Sprint(c.Front.Listen), "[unix:" + dir + "/s/fsbus.sock unix:/run/x.sock [::1]:8009 localhost:0 10.0.0.1:8009]"},
+		{"status", c.Status.Listen, "unix:" + dir + "/status.sock"},
+		{"resolve", fmt.Sprint(c.Federation.Resolve), "map[HS2.test:127.0.0.1 hs3.test:8448:[::1]:8449]"},
+		{"secret", string(c.Front.secret), "another secret"},
+		{"core", fmt.Sprint(c.Core()), fmt.Sprint(bus.Config{Workers: 64, Unknown: 48, Failing: 8, HostConcurrency: 2,
+			HostRate: 5, HostBurst: 20, MaxRequests: 1000, MaxHosts: 20000})},
+		{"listen options", fmt.Sprint(c.frontListenOptions()), fmt.Sprint(netx.ListenOptions{Mode: 0o666, Owner: "0", Group: "0", AllowRemote: true})},
+		{"level", c.level().String(), "DEBUG"},
+	} {
+		if tt.got != tt.want {
+			t.Errorf("%s: got %s, want %s", tt.key, tt.got, tt.want)
+		}
+	}
+}
+
+// Each number, size and time takes the ends of its range, and nothing beyond.
+func TestConfigRanges(t *testing.T) {
+	d := DefaultConfig()
+	for _, f := range d.fields() {
+		if _, numeric := number(f.value.Interface()); !numeric {
+			if f.tag.Get("range") != "" {
+				t.Errorf("%s has a range that nobody looks at", f.key())
+			}
+			continue
+		}
+		least, most, ok := strings.Cut(f.tag.Get("range"), "..")
+		if !ok {
+			t.Errorf("%s has no range", f.key())
+			continue
+		}
+		for _, tt := range []struct {
+			value float64
+			ok    bool
+		}{{f.parse(least), true}, {f.parse(most), true}, {f.parse(least) - 1, false}, {f.parse(most) + 1, false}} {
+			c := DefaultConfig()
+			for _, g := range c.fields() {
+				if g.key() == f.key() {
+					g.value.Set(reflect.ValueOf(tt.value).Convert(g.value.Type()))
+				}
+			}
+			doc, err := parseDocument("")
+			if err != nil {
+				t.Fatal(err)
+			}
+			k := &checker{file: "FILE", doc: doc, c: &c}
+			if got := k.ranges(); got != tt.ok {
+				t.Errorf("%s = %v: accepted is %v, want %v (%v)", f.key(), tt.value, got, tt.ok, k.err())
+			}
+		}
+	}
+}
+
+func TestLoadFindsFilesFromTheConfigsFolder(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string, mode os.FileMode) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(filepath.Join(dir, name), mode); err != nil { // whatever the umask
+			t.Fatal(err)
+		}
+	}
+	path := filepath.Join(dir, "fsbus.toml")
+	load := func(federation string) (*Config, error) {
+		t.Helper()
+		write("fsbus.toml", "data_dir = \".\"\n[homeserver]\nserver_name = \"example.org\"\n[front]\nlisten = [\"127.0.0.1:8009\"]\n"+
+			"secret_path = \"secret\"\n[federation]\n"+federation, 0o644)
+		return Load(path)
+	}
+	for _, tt := range []struct {
+		name, text string
+		mode       os.FileMode
+		err        string // its end; "" if it is fine
+	}{
+		{"trimmed", " \n0123456789abcdef\r\n", 0o640, ""},
+		{"owner only", "0123456789abcdef", 0o400, ""},
+		{"other can read", "0123456789abcdef", 0o644, "mode 0644: users who should not can read or change it; want mode 0640 or 0600 (chmod 640 " + dir + "/secret)"},
+		{"group can write", "0123456789abcdef", 0o660, "mode 0640 or 0600 (chmod 640 " + dir + "/secret)"},
+		{"other can write", "0123456789abcdef", 0o602, "mode 0640 or 0600 (chmod 640 " + dir + "/secret)"},
+		{"empty", " \n", 0o600, "/secret\" is empty; want a file that holds the secret and nothing else, readable for the user who runs fsbus"},
+		{"two lines", "0123456789abcdef\nnext", 0o600, "/secret\" has a line break or another control character; want a file that holds the secret and nothing else, readable for the user who runs fsbus"},
+		{"no text", "\xff\xfe0123", 0o600, "/secret\" has a line break or another control character; want a file that holds the secret and nothing else, readable for the user who runs fsbus"},
+		{"largest", strings.Repeat("x", int(maxSecretFile)), 0o600, ""},
+		{"too large", strings.Repeat("x", int(maxSecretFile)+1), 0o600, "/secret\": is too large: more than 1KiB; want a file that holds the secret and nothing else, readable for the user who runs fsbus"},
+	} {
+		os.Remove(filepath.Join(dir, "secret"))
+		write("secret", tt.text, tt.mode)
+		c, err := load("")
+		switch {
+		case tt.err == "" && err != nil:
+			t.Errorf("%s: %v", tt.name, err)
+		case tt.err == "":
+			if got, want := string(c.Front.secret), strings.TrimSpace(tt.text); got != want {
+				t.Errorf("%s: secret %q, want %q", tt.name, got, want)
+			}
+			if want := filepath.Join(dir, "secret"); c.Front.SecretPath != want {
+				t.Errorf("%s: secret_path %q, want %q", tt.name, c.Front.SecretPath, want)
+			}
+		case err == nil || !strings.HasSuffix(err.Error(), tt.err):
+			t.Errorf("%s: error %v, want one that ends in %q", tt.name, err, tt.err)
+		case !strings.HasPrefix(err.Error(), path+":6: front.secret_path: "):
+			t.Errorf("%s: error %v, want one at %s:6", tt.name, err, path)
+		}
+	}
+
+	os.Remove(filepath.Join(dir, "secret"))
+	write("secret", "0123456789abcdef", 0o600)
+	write("ca.pem", testCA, 0o644)
+	c, err := load(`ca_file = "ca.pem"`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := filepath.Join(dir, "ca.pem"); c.Federation.CAFile != want {
+		t.Errorf("ca_file %q, want %q", c.Federation.CAFile, want)
+	}
+	write("ca.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", 0o644)
+	if _, err := load(`ca_file = "ca.pem"`); err == nil || !strings.HasSuffix(err.Error(), `/ca.pem" holds no certificate; want a file with certificates in PEM`) {
+		t.Errorf("a file without a certificate: %v", err)
+	}
+}
+
+// testCA is a certificate of nobody, valid until 2126.
+const testCA = `-----BEGIN CERTIFICATE-----
+MIIBeTCCAR+gAwIBAgIUSLC7/OKV6TTaOEHvsb+/Jm3ztUowCgYIKoZIzj0EAwIw
+ETEPMA0GA1UEAwwGbm9ib2R5MCAXDTI2MTEyMTA1MzM1NFoYDzIxMjYxMDI4MDUz
+MzU0WjARMQ8wDQYDVQQDDAZub2JvZHkwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNC
+AAQvSiiMpJKD4tUZHrhlQl2KM0FghgKSoty0HVmrR+3IG5d/5nGL6romb6zvo4+H
+P7ZPDBuSYXf6crRu/hvOAo/9o1MwUTAdBgNVHQ4EFgQU4VdH/OsMNm8bRe+iqElN
+MyWjluIwHwYDVR0jBBgwFoAU4VdH/OsMNm8bRe+iqElNMyWjluIwDwYDVR0TAQH/
+BAUwAwEB/zAKBggqhkjOPQQDAgNIADBFAiA0Cp641NWkblsiYO3BUf85fhl9rlln
+ViZN1Tq9gKIk3QIhAOxQofK3csaCZg/+EhyuhnQpX3WxzSCXrmpheOWGRUos
+-----END CERTIFICATE-----
+`
+
+func TestLoadRefusesWhatIsNoFile(t *testing.T) {
+	dir := t.TempDir()
+	large := filepath.Join(dir, "large.toml")
+	if err := os.WriteFile(large, []byte(strings.Repeat("#", int(maxConfigFile)+1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{
+		dir:                            dir + ": is not a regular file; want a configuration file, such as config.example.toml",
+		filepath.Join(dir, "no.toml"):  filepath.Join(dir, "no.toml") + ": no such file or directory; want a configuration file, such as config.example.toml",
+		large:                          large + ": is too large: more than 1MiB; want a configuration file, such as config.example.toml",
+		"/dev/zero":                    "/dev/zero: is not a regular file; want a configuration file, such as config.example.toml",
+		filepath.Join(large, "x.toml"): filepath.Join(large, "x.toml") + ": not a directory; want a configuration file, such as config.example.toml",
+	} {
+		_, err := Load(path)
+		if _, ok := errors.AsType[*ConfigError](err); !ok || err.Error() != want {
+			t.Errorf("Load(%q): %v, want %s", path, err, want)
+		}
+	}
+}
+
+func TestConfigTextTypes(t *testing.T) {
+	for _, tt := range []struct {
+		text string
+		want string // as String shows it; "" if it is refused
+	}{
+		{"10s", "10s"}, {"60s", "1m"}, {"90s", "1m30s"}, {"3600s", "1h"}, {"1h30m", "1h30m"}, {"100ms", "100ms"}, {"0s", "0s"}, {"10m5s", "10m5s"},
+		{"", ""}, {"5", ""}, {"0", ""}, {"-1s", ""}, {"-0.5s", ""}, {"5 s", ""}, {"s", ""}, {"1d", ""},
+	} {
+		d := Duration(-1)
+		err := d.UnmarshalText([]byte(tt.text))
+		if (err == nil) != (tt.want != "") || err == nil && d.String() != tt.want {
+			t.Errorf("Duration %q: %v, %v; want %q", tt.text, d, err, tt.want)
+		}
+	}
+	for _, tt := range []struct {
+		text string
+		want FileMode
+		ok   bool
+	}{
+		{"0660", 0o660, true}, {"660", 0o660, true}, {"0777", 0o777, true}, {"0", 0, true},
+		{"", 0, false}, {"0999", 0, false}, {"1777", 0, false}, {"0o660", 0, false}, {"-1", 0, false}, {"u=rw", 0, false},
+	} {
+		var m FileMode
+		if err := m.UnmarshalText([]byte(tt.text)); (err == nil) != tt.ok || m != tt.want {
+			t.Errorf("FileMode %q: %v, %v; want %v", tt.text, m, err, tt.want)
+		}
+	}
+	if got := FileMode(0o40).String(); got != "0040" {
+		t.Errorf("FileMode(040) is shown as %q", got)
+	}
+}
+
+func TestSecretIsNotPrinted(t *testing.T) {
+	c := mustParse(t, strings.Replace(minimal, "0123456789abcdef", "hunter2-correct-horse", 1))
+	json, err := Secret("hunter2").MarshalText()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []string{
+		fmt.Sprint(c), fmt.Sprintf("%v %+v %#v", *c, *c, *c), fmt.Sprintf("%s %q", c.Front.Secret, c.Front.Secret), string(json), c.SynapseConfig(),
+	} {
+		if strings.Contains(s, "hunter2") {
+			t.Errorf("printed: %s", s)
+		}
+	}
+	if s := Secret("").String(); s != "" {
+		t.Errorf("no secret is shown as %q", s)
+	}
+}
+
+// The example has every key once, explained, with the default as its value and
+// in words.
+func TestExampleIsComplete(t *testing.T) {
+	const path = "../../config.example.toml"
+	// These differ from the default, so that the example runs as it is.
+	changed := map[string]string{
+		"data_dir":               `"data"`,
+		"homeserver.server_name": `"example.org"`,
+		"front.listen":           `["unix:data/fsbus.sock"]`,
+		"front.secret":           `"` + exampleSecret + `"`,
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(b)
+	doc, err := parseDocument(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(text, "\n")
+	var inOrder []string
+	d := DefaultConfig()
+	for _, k := range doc.meta.Keys() {
+		if len(k) == 1 && slices.Contains(sections(), k[0]) {
+			continue
+		}
+		inOrder = append(inOrder, k.String())
+	}
+	var want []string
+	for _, f := range d.fields() {
+		want = append(want, f.key())
+	}
+	if !slices.Equal(inOrder, want) {
+		t.Fatalf("keys\n%v\nwant, in the order of the struct,\n%v", inOrder, want)
+	}
+	for _, f := range d.fields() {
+		value := tomlValue(f.value.Interface())
+		raw, _ := doc.value(f.path())
+		if other, ok := changed[f.key()]; ok {
+			var v map[string]any
+			if _, err := toml.Decode("x = "+other, &v); err != nil || !reflect.DeepEqual(v["x"], raw) {
+				t.Errorf("%s is %v, want %s", f.key(), raw, other)
+			}
+		} else {
+			g := field{f.section, f.name, reflect.New(f.value.Type()).Elem(), f.tag}
+			if problem := g.set(raw); problem != "" || !g.equal(f) {
+				t.Errorf("%s is %v, want the default, %s", f.key(), raw, value)
+			}
+		}
+
+		n := doc.line(f.path()) - 1 // index of the key's own line
+		var comment string
+		for i := n - 1; i >= 0 && strings.HasPrefix(lines[i], "#"); i-- {
+			comment = strings.TrimPrefix(lines[i], "#") + comment
+		}
+		says := " Default " + value
+		switch f.key() {
+		case "homeserver.server_name":
+			says = " Required."
+		case "federation.ip_range_blocklist":
+			says = " Default: this list"
+		}
+		if !strings.Contains(comment, says) {
+			t.Errorf("%s: the comment does not say %q: %q", f.key(), says, comment)
+		}
+		if _, ok := changed[f.key()]; ok != strings.Contains(comment, "CHANGE") {
+			t.Errorf("%s: marked with CHANGE is %v", f.key(), !ok)
+		}
+		if reload := f.tag.Get("reload") != ""; reload != strings.Contains(comment, "Applied on reload.") {
+			t.Errorf("%s: applied on reload is %v, the comment says otherwise", f.key(), reload)
+		}
+	}
+}
+
+// The example can be used from any folder, as it is, and says what is wrong
+// with that.
+func TestExampleRunsAsItIs(t *testing.T) {
+	b, err := os.ReadFile("../../config.example.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "fsbus") // short enough for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "config.toml")
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.DataDir != filepath.Join(dir, "data") || c.Front.Listen[0] != "unix:"+dir+"/data/fsbus.sock" {
+		t.Errorf("data_dir %s, listen %s", c.DataDir, c.Front.Listen)
+	}
+	if w := c.Warnings(); len(w) == 0 || !strings.HasPrefix(w[0], "the secret is the one of the example") {
+		t.Errorf("warnings %q, want one about the secret", w)
+	}
+}
+
+func TestWarnings(t *testing.T) {
+	for _, tt := range []struct {
+		from, to string // replaced in minimal
+		want     string // the only warning; "" for none
+	}{
+		{"", "", ""},
+		{"0123456789abcdef", "0123456789abcde", "the secret has 15 characters: use at least 16 random ones"},
+		{"0123456789abcdef", exampleSecret, "the secret is the one of the example, which everybody knows: replace it"},
+		{"127.0.0.1:8009", "unix:/no/such/folder/s", `front.listen: the folder "/no/such/folder" is not there, and is not made by fsbus`},
+		{"127.0.0.1:8009", "unix:s", ""},
+		{"127.0.0.1:8009", "localhost:8009", ""},
+		{"127.0.0.1:8009", "[::1]:0", "front.listen: port 0 is another port after each start"},
+		{`["127.0.0.1:8009"]`, "[\":8009\"]\nallow_remote = true", `front.listen: ":8009" crosses the network unencrypted, secret included`},
+		{"[homeserver]", "federation.ip_range_blocklist = []\n[homeserver]", "federation.ip_range_blocklist is empty: any server can make fsbus connect to private addresses"},
+	} {
+		c := mustParse(t, strings.Replace(minimal, tt.from, tt.to, 1))
+		got := slices.DeleteFunc(c.Warnings(), func(s string) bool { return strings.Contains(s, "open files") }) // up to the machine
+		if strings.Join(got, "\n") != tt.want {
+			t.Errorf("%q: %q, want %q", tt.to, got, tt.want)
+		}
+	}
+	if w := fileWarning(5656, 5656); w != "" {
+		t.Errorf("enough files: %q", w)
+	}
+	const want = "the system allows 1024 open files, and 5656 may be needed: raise LimitNOFILE in the systemd unit (or ulimit -n), or lower front.max_connections"
+	if w := fileWarning(5656, 1024); w != want {
+		t.Errorf("too few files: %q, want %q", w, want)
+	}
+}
+
+func TestSynapseConfig(t *testing.T) {
+	const head = `# For homeserver.yaml of Synapse 1.89 or newer. An instance_map that is there
+# already gets the one line more.
+instance_map:
+  fsbus: {`
+	const inline = `}
+outbound_federation_restricted_to: [fsbus]
+# worker_replication_secret: the text that is secret in [front] of the
+# configuration of fsbus, which is not shown here.
+`
+	for _, tt := range []struct{ listen, secretPath, want string }{
+		{"unix:/run/fsbus/fsbus.sock", "/etc/fsbus/secret", head + `path: "/run/fsbus/fsbus.sock"}
+outbound_federation_restricted_to: [fsbus]
+# Before Synapse 1.126: worker_replication_secret, with the text in that file.
+worker_replication_secret_path: "/etc/fsbus/secret"
+`},
+		{"127.0.0.1:8009", "", head + `host: "127.0.0.1", port: 8009` + inline},
+		{"[::1]:8009", "", head + `host: "::1", port: 8009` + inline},
+		{"localhost:8009", "", head + `host: "localhost", port: 8009` + inline},
+		{":8009", "", head + `host: "127.0.0.1", port: 8009` + inline},
+		{"[::]:8009", "", head + `host: "127.0.0.1", port: 8009` + inline},
+		{`unix:/run/a "b".sock`, "", head + `path: "/run/a \"b\".sock"` + inline},
+	} {
+		c := DefaultConfig()
+		c.Front.Listen = []string{tt.listen, "127.0.0.1:9"}
+		c.Front.SecretPath = tt.secretPath
+		if got := c.SynapseConfig(); got != tt.want {
+			t.Errorf("%s: got\n%s\nwant\n%s", tt.listen, got, tt.want)
+		}
+	}
+}
+
+func TestChanged(t *testing.T) {
+	base := func() *Config {
+		c := DefaultConfig()
+		c.Front.SecretPath, c.Front.secret = "/etc/fsbus/secret", []byte("0123456789abcdef")
+		return &c
+	}
+	for _, tt := range []struct {
+		name             string
+		change           func(*Config)
+		applied, restart string
+	}{
+		{"nothing", func(c *Config) {}, "", ""},
+		{"all that can be", func(c *Config) {
+			c.LogLevel = "debug"
+			o := &c.Outbound
+			o.UnknownHosts, o.FailingHosts, o.HostConcurrency, o.HostRate, o.HostBurst = 100, 20, 5, 20, 30
+			o.Cache, o.CacheEntries = sched.MiB, 100
+		}, "log_level outbound.unknown_hosts outbound.failing_hosts outbound.host_concurrency outbound.host_rate outbound.host_burst outbound.cache outbound.cache_entries", ""},
+		{"both kinds", func(c *Config) {
+			c.LogLevel = "warn"
+			c.Front.Listen = []string{"127.0.0.1:1"}
+			c.Outbound.HostBurst = 3
+		},
+			"log_level outbound.host_burst", "front.listen"},
+		{"more unknown hosts than workers so far", func(c *Config) { c.Outbound.Workers, c.Outbound.UnknownHosts, c.LogLevel = 256, 200, "warn" },
+			"log_level", "outbound.workers outbound.unknown_hosts"},
+		{"more cache than the memory so far", func(c *Config) { c.MemoryLimit, c.Outbound.Cache = 256*sched.MiB, 64*sched.MiB },
+			"", "memory_limit outbound.cache"},
+		{"another secret in the same file", func(c *Config) { c.Front.secret = []byte("fedcba9876543210") }, "", "front.secret_path"},
+		{"another file with the same secret", func(c *Config) { c.Front.SecretPath = "/etc/other" }, "", "front.secret_path"},
+		{"the secret inline", func(c *Config) {
+			c.Front.SecretPath, c.Front.Secret, c.Front.secret = "", "fedcba9876543210", []byte("fedcba9876543210")
+		}, "", "front.secret_path front.secret"},
+		{"lists and tables", func(c *Config) {
+			c.Federation.IPRangeAllowlist, c.Federation.Resolve = []string{"10.0.0.1"}, map[string]string{"a.test": "10.0.0.1"}
+		}, "", "federation.ip_range_allowlist federation.resolve"},
+	} {
+		old, new := base(), base()
+		tt.change(new)
+		applied, restart := Changed(old, new)
+		if strings.Join(applied, " ") != tt.applied || strings.Join(restart, " ") != tt.restart {
+			t.Errorf("%s: applied %v, restart %v; want [%s], [%s]", tt.name, applied, restart, tt.applied, tt.restart)
+		}
+		if !reflect.DeepEqual(old, base()) {
+			t.Errorf("%s: Changed has changed its argument", tt.name)
+		}
+		merged := *old
+		merged.applyReloadable(new)
+		if err := merged.Core().Validate(); err != nil {
+			t.Errorf("%s: the core is given what it refuses: %v", tt.name, err)
+		}
+		// What is left are the keys that need a restart.
+		again, rest := Changed(&merged, new)
+		if strings.Join(rest, " ") != tt.restart || len(again) != 0 {
+			t.Errorf("%s: after the reload %v and %v differ, want [] and [%s]", tt.name, again, rest, tt.restart)
+		}
+	}
+}
+
+// An inline secret that differs counts once.
+func TestChangedInlineSecret(t *testing.T) {
+	old, new := mustParse(t, minimal), mustParse(t, strings.Replace(minimal, "0123456789abcdef", "fedcba9876543210", 1))
+	new.DataDir = old.DataDir
+	if applied, restart := Changed(old, new); len(applied) != 0 || strings.Join(restart, " ") != "front.secret" {
+		t.Errorf("applied %v, restart %v; want front.secret to need a restart", applied, restart)
+	}
+}
+
+// Whatever the text, there is a valid configuration or a list of mistakes, one
+// line each, in the order of the lines.
+func FuzzConfig(f *testing.F) {
+	files, err := filepath.Glob("testdata/config/*.toml")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, file := range append(files, "../../config.example.toml") {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(string(b))
+	}
+	f.Add(minimal)
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, text string) {
+		c, err := parseConfig("FILE", dir, text)
+		if err == nil {
+			if err := c.Core().Validate(); err != nil {
+				t.Errorf("accepted, but not by the core: %v", err)
+			}
+			if b := c.Budget(); b.Memory > b.Limit {
+				t.Errorf("accepted, but %v is over the limit of %v", b.Memory, b.Limit)
+			}
+			c.Warnings()
+			c.SynapseConfig()
+			c.level()
+			if applied, restart := Changed(c, c); len(applied)+len(restart) > 0 {
+				t.Errorf("differs from itself in %v and %v", applied, restart)
+			}
+			return
+		}
+		lines, last := 1+strings.Count(text, "\n"), 0
+		for _, e := range configErrors(t, err) {
+			if e.Line < max(last, 1) || e.Line > lines {
+				t.Errorf("line %d of %d, after line %d: %v", e.Line, lines, last, e)
+			}
+			last = e.Line
+			if s := e.Error(); strings.ContainsAny(s, "\n\r\x00\x1b") || e.Problem == "" || e.Want == "" {
+				t.Errorf("not one line with a problem and a remedy: %q", s)
+			}
+		}
+	})
+}

@@ -1,0 +1,24 @@
+// Package node puts the parts of the bus together: it reads the configuration,
+// opens the store, the front and the client, runs the core of package bus on
+// its loop, executes the core's effects, and shows what goes on.
+//
+// It decides nothing about requests. What happens to one:
+//
+//  1. The front (netx) reads it, parks its connection and calls Node.ingest,
+//     which finds its row of the endpoint table, its class and its key, and
+//     posts bus.Arrived.
+//  2. The core asks for bus.Send when its turn has come. A goroutine of the
+//     sender pool carries it to the remote (carry.go), reports the connection,
+//     the answer's headers and the end, and writes the answer's body into a
+//     spooled body as it arrives.
+//  3. The core asks for bus.Reply for each request that waits for the answer.
+//     A goroutine of a reply pool streams the spooled body to the homeserver
+//     and closes the connection.
+//
+// Two pools write answers, so that readers that are slow to take a large one
+// cannot hold up the small ones: what is known to be small goes to one, all
+// else to the other.
+//
+// Maps of requests and attempts belong to the loop's goroutine alone. Bodies
+// are counted references; whoever needs one holds one.
+package node

@@ -1,0 +1,106 @@
+package node
+
+import (
+	"context"
+	"fmt"
+
+	"fsbus/bus"
+	"fsbus/netx"
+	"fsbus/store"
+)
+
+// held is a request that the core may still refer to: until it is answered or
+// gone, and freed.
+type held struct {
+	in    *netx.Inbound
+	ended bool
+	freed bool
+}
+
+// execute does what the core asks for, in order. It runs on the loop's
+// goroutine and never blocks.
+func (n *Node) execute(effects []bus.Effect) {
+	for _, e := range effects {
+		switch e := e.(type) {
+		case bus.Send:
+			n.send(e)
+		case bus.Cancel:
+			n.attempts[e.Op].cancel()
+		case bus.Reply:
+			n.reply(e)
+		case bus.Refuse:
+			in := n.ended(e.Req)
+			n.answering.Add(1)
+			n.small.Submit(answer{in: in, refusal: &e})
+		case bus.Free:
+			h := n.requests[e.Req]
+			h.in.Release()
+			h.freed = true
+			n.forget(e.Req, h)
+		case bus.Discard:
+			n.attempts[e.Op].body.Release()
+			delete(n.attempts, e.Op)
+		case bus.Commit:
+			n.commit(e)
+		case bus.Drained:
+			close(n.drained)
+		default:
+			panic(fmt.Sprintf("node: unknown effect %T", e))
+		}
+	}
+}
+
+// ended notes that a request has its answer or no longer wants one.
+func (n *Node) ended(id bus.ReqID) *netx.Inbound {
+	h := n.requests[id]
+	if h == nil {
+		return nil
+	}
+	h.ended = true
+	n.forget(id, h)
+	return h.in
+}
+
+func (n *Node) forget(id bus.ReqID, h *held) {
+	if h.ended && h.freed {
+		delete(n.requests, id)
+	}
+}
+
+func (n *Node) send(e bus.Send) {
+	a := &attempt{op: e.Op, in: n.requests[e.Req].in, body: n.spool.New()}
+	if a.in.Body != nil {
+		a.in.Body.Retain() // the caller may be answered while the attempt runs
+	}
+	a.ctx, a.cancel = context.WithCancel(context.Background())
+	n.attempts[e.Op] = a
+	n.senders.Submit(a)
+}
+
+func (n *Node) reply(e bus.Reply) {
+	a := n.attempts[e.Op]
+	in := n.ended(e.Req)
+	a.body.Retain()
+	n.answering.Add(1)
+	job := answer{in: in, from: a, reader: a.body.Reader()}
+	if a.body.Complete() && a.body.Size() <= smallReply || a.size >= 0 && a.size <= smallReply {
+		n.small.Submit(job)
+		return
+	}
+	n.large.Submit(job)
+}
+
+// commit writes host records. A store that takes no more is like one that
+// could not write: the core goes on without.
+func (n *Node) commit(e bus.Commit) {
+	batch := &store.Batch{Hosts: toStore(e.Hosts)}
+	n.notable.hosts(e.Hosts)
+	err := n.store.Submit(batch, func(err error) {
+		n.trouble.commit(err)
+		n.loop.Post(event{Event: bus.Committed{Batch: e.Batch, OK: err == nil}})
+	})
+	if err != nil {
+		n.trouble.commit(err)
+		n.loop.Inject(event{Event: bus.Committed{Batch: e.Batch}})
+	}
+}

@@ -1,0 +1,58 @@
+package node
+
+import (
+	"crypto/sha256"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/netx"
+)
+
+// ingest hands a parked request to the core. It runs on the connection's
+// goroutine.
+func (n *Node) ingest(in *netx.Inbound) {
+	ep := matrix.Match(in.Method, in.Target)
+	class := ep.Class
+	if ep.Name == "send" {
+		class = sendClass(in)
+	}
+	n.endpoints.count(ep.Name)
+	n.loop.Post(event{in: in, Event: bus.Arrived{
+		Req:      bus.ReqID(in.ID),
+		Dest:     in.Destination,
+		Endpoint: ep,
+		Class:    class,
+		Key:      requestKey(in),
+		Received: n.clock.At(in.Received),
+	}})
+}
+
+// sendClass looks into a transaction. One that is too large to be in memory
+// holds more than typing.
+func sendClass(in *netx.Inbound) matrix.Class {
+	if in.Body == nil {
+		return matrix.ClassPresence
+	}
+	body, ok := in.Body.Bytes()
+	if !ok {
+		return matrix.ClassEvent
+	}
+	return matrix.SendClass(body)
+}
+
+// requestKey tells equal requests apart from others. The homeserver signs the
+// same request in the same way, so nothing else distinguishes them.
+func requestKey(in *netx.Inbound) bus.Key {
+	h := sha256.New()
+	for _, s := range []string{string(in.Destination), in.Method, in.Target} {
+		h.Write([]byte(s))
+		h.Write([]byte{0})
+	}
+	h.Write(in.Sum[:])
+	return bus.Key(h.Sum(nil))
+}
+
+// gone passes on that the homeserver no longer waits.
+func (n *Node) gone(in *netx.Inbound) {
+	n.loop.Post(event{Event: bus.Gone{Req: bus.ReqID(in.ID)}})
+}

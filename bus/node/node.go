@@ -1,0 +1,386 @@
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"sync/atomic"
+	"time"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/netx"
+	"fsbus/sched"
+	"fsbus/store"
+)
+
+// Pool sizes that no configuration changes.
+const (
+	// smallRepliers write refusals and small answers, which the socket takes
+	// at once; two would do, more hide a hiccup.
+	smallRepliers = 16
+	// largeRepliers stream what may be large, and wait for slow readers.
+	largeRepliers = 32
+	// smallReply is what counts as small: it fits the socket's buffer.
+	smallReply = 64 << 10
+	// eventQueue is how many events wait for the loop before those who post
+	// them do.
+	eventQueue = 1024
+)
+
+// Node is one running bus.
+type Node struct {
+	cfg     atomic.Pointer[Config]
+	log     *slog.Logger
+	level   *slog.LevelVar
+	version string
+	started time.Time
+
+	clock  *sched.Clock
+	core   *bus.Machine
+	loop   *sched.Loop[event, bus.Effect]
+	store  *store.Store
+	spool  *netx.Spool
+	client *netx.Client
+	front  *netx.Front
+	notify *netx.Notifier
+
+	senders *sched.Pool[*attempt]
+	small   *sched.Pool[answer]
+	large   *sched.Pool[answer]
+
+	// Of the loop's goroutine.
+	requests map[bus.ReqID]*held
+	attempts map[bus.OpID]*attempt
+
+	answering atomic.Int64 // replies not yet written
+	replies   replyCounts
+	endpoints endpointCounts
+	notable   *notes
+	drained   chan struct{}
+	draining  atomic.Bool
+	trouble   trouble
+}
+
+// event is what enters the loop: an event of the core, and for an Arrived the
+// request itself, which the core never sees.
+type event struct {
+	bus.Event
+	in *netx.Inbound
+}
+
+// machine lets the loop run the core while the node keeps its own books of
+// what has arrived and left.
+type machine struct{ n *Node }
+
+func (m machine) Step(now sched.Time, ev event, out []bus.Effect) []bus.Effect {
+	switch e := ev.Event.(type) {
+	case bus.Arrived:
+		m.n.requests[e.Req] = &held{in: ev.in}
+	case bus.Gone:
+		m.n.ended(e.Req)
+	}
+	return m.n.core.Step(now, ev.Event, out)
+}
+
+func (m machine) NextWake() (sched.Time, bool) { return m.n.core.NextWake() }
+
+// New assembles a bus from a valid configuration. It opens the store and the
+// spool but serves nothing yet.
+func New(ctx context.Context, cfg *Config, version string, log *slog.Logger, level *slog.LevelVar) (_ *Node, err error) {
+	n := &Node{
+		log: log, level: level, version: version, started: time.Now(),
+		clock:    sched.NewClock(),
+		requests: make(map[bus.ReqID]*held),
+		attempts: make(map[bus.OpID]*attempt),
+		drained:  make(chan struct{}),
+		notable:  newNotes(log),
+	}
+	n.cfg.Store(cfg)
+	defer func() {
+		if err != nil && n.store != nil {
+			n.store.Close(ctx)
+		}
+	}()
+	n.store, err = store.Open(ctx, store.Options{
+		Path: filepath.Join(cfg.DataDir, "fsbus.db"), Logger: log,
+		// Each failing host's attempt is one batch; the core has no more of
+		// them under way than workers, and one of changed records.
+		QueueLen: int(cfg.Outbound.Workers) + 16,
+		MaxHosts: 2 * int(cfg.Outbound.MaxHosts),
+	})
+	if err != nil {
+		return nil, err
+	}
+	n.spool, err = netx.NewSpool(netx.SpoolConfig{
+		Dir:    filepath.Join(cfg.DataDir, "spool"),
+		Memory: int64(cfg.Outbound.SpoolMemory), Disk: int64(cfg.Outbound.SpoolDisk), Inline: int64(cfg.Outbound.SpoolInline),
+	})
+	if err != nil {
+		return nil, err
+	}
+	if n.client, err = newClient(cfg); err != nil {
+		return nil, err
+	}
+	n.front = netx.NewFront(netx.FrontConfig{
+		Secret: cfg.Front.secret, MaxConns: int(cfg.Front.MaxConnections), MaxReading: int(cfg.Front.MaxReading),
+		MaxBody: func(method, target string) int64 { return matrix.Match(method, target).MaxRequest },
+		Spool:   n.spool, Logger: log, Handle: n.ingest, Gone: n.gone,
+	})
+	var seed [32]byte
+	rand.Read(seed[:])
+	n.core = bus.New(cfg.Core(), mathrand.New(mathrand.NewChaCha8(seed)))
+	log.Debug("core made", "seed", fmt.Sprintf("%x", binary.BigEndian.Uint64(seed[:])))
+	n.loop = sched.NewLoop(machine{n}, n.clock.Now, event{Event: bus.Tick{}}, eventQueue, n.execute)
+	return n, nil
+}
+
+func newClient(cfg *Config) (*netx.Client, error) {
+	f, o := &cfg.Federation, &cfg.Outbound
+	var roots *x509.CertPool
+	if f.CAFile != "" {
+		pem, err := os.ReadFile(f.CAFile)
+		if err != nil {
+			return nil, fmt.Errorf("federation.ca_file: %w", err)
+		}
+		if roots, err = netx.CAPool(pem); err != nil {
+			return nil, fmt.Errorf("federation.ca_file: %w", err)
+		}
+	}
+	block, err := netx.NewBlocklist(f.IPRangeBlocklist, f.IPRangeAllowlist)
+	if err != nil {
+		return nil, fmt.Errorf("federation: %w", err)
+	}
+	static, err := netx.NewStatic(f.Resolve)
+	if err != nil {
+		return nil, fmt.Errorf("federation.resolve: %w", err)
+	}
+	idle := o.IdleConnections
+	if idle == 0 {
+		idle = -1 // to the client, 0 is its default
+	}
+	return netx.NewClient(netx.ClientConfig{
+		CAs: roots, Blocklist: block, Static: static,
+		ConnectTimeout: time.Duration(o.ConnectTimeout), HandshakeTimeout: time.Duration(o.TLSTimeout), BodyTimeout: time.Duration(o.BodyTimeout),
+		HandshakesPerSecond: o.HandshakesPerSecond, MaxDNS: o.DNSQueries,
+		MaxIdle: idle, IdleTimeout: time.Duration(o.IdleTimeout), SessionCache: sessions,
+	}), nil
+}
+
+// Run serves until ctx ends and then drains. Each signal from hup has the
+// configuration read again with load; one that cannot be read changes nothing.
+func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Config, error)) error {
+	cfg := n.cfg.Load()
+	limitMemory(cfg)
+	listeners, err := n.listen(cfg)
+	if err != nil {
+		return err
+	}
+	n.notify, err = netx.NewNotifier()
+	if err != nil {
+		return err
+	}
+	hosts, err := n.store.LoadHosts(ctx, int(cfg.Outbound.MaxHosts))
+	if err != nil {
+		return err
+	}
+
+	workers := int(cfg.Outbound.Workers)
+	n.senders = sched.NewPool(workers, workers, n.carry, n.crashed)
+	answers := int(cfg.Front.MaxConnections) + smallRepliers
+	n.small = sched.NewPool(smallRepliers, answers, n.write, n.unwritten)
+	n.large = sched.NewPool(largeRepliers, answers, n.write, n.unwritten)
+
+	loopCtx, stopLoop := context.WithCancel(context.Background())
+	defer stopLoop()
+	failed := make(chan error, len(listeners.front)+2)
+	serve(loopCtx, n.loop.Run)
+	n.loop.Post(event{Event: bus.Restored{Hosts: fromStore(hosts)}})
+	for _, ln := range listeners.front {
+		serve(ctx, func(context.Context) {
+			if err := n.front.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+				failed <- fmt.Errorf("front %s: %w", ln.Addr(), err)
+			}
+		})
+	}
+	status := ""
+	var page *http.Server
+	if listeners.status != nil {
+		status = listeners.status.Addr().String()
+		page = n.statusServer()
+		serve(ctx, func(context.Context) {
+			if err := page.Serve(listeners.status); !errors.Is(err, http.ErrServerClosed) {
+				failed <- fmt.Errorf("status %s: %w", status, err)
+			}
+		})
+	}
+	for _, ln := range listeners.front {
+		n.log.Info("listening for the homeserver", "address", ln.Addr().String())
+	}
+	n.log.Info("fsbus is up", "version", n.version, "server_name", cfg.Homeserver.ServerName, "status", status, "memory_limit", cfg.MemoryLimit.String(), "hosts_restored", len(hosts))
+	if err := n.notify.Ready(); err != nil {
+		n.log.Warn("systemd was not told", "error", err)
+	}
+	err = n.attend(ctx, failed, hup, load)
+	n.stop(page, time.Duration(cfg.DrainTimeout))
+	stopLoop()
+	return err
+}
+
+// attend waits for the end. Meanwhile it tells systemd that the loop turns,
+// and reloads the configuration when asked to.
+func (n *Node) attend(ctx context.Context, failed <-chan error, hup <-chan os.Signal, load func() (*Config, error)) error {
+	var alive <-chan time.Time
+	if d := n.notify.WatchdogInterval(); d > 0 {
+		t := time.NewTicker(d / 2)
+		defer t.Stop()
+		alive = t.C
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-failed:
+			return err
+		case <-hup:
+			n.notify.Reloading()
+			if cfg, err := load(); err != nil {
+				n.log.Error("the configuration has mistakes; the old one stays in force", "error", err)
+			} else {
+				n.reload(cfg)
+			}
+			n.notify.Ready()
+		case <-alive:
+			if n.loop.Call(ctx, func() {}) == nil {
+				n.notify.Watchdog()
+			}
+		}
+	}
+}
+
+// stop takes nothing new, lets what runs come to an end for a while, and
+// closes. Requests that are still waiting then lose their connection, which to
+// Synapse looks like a bus that restarts, as it is.
+func (n *Node) stop(page *http.Server, patience time.Duration) {
+	n.draining.Store(true)
+	n.notify.Stopping()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	n.log.Info("stopping", "drain_timeout", patience.String())
+	n.front.Shutdown(ctx)
+	n.loop.Post(event{Event: bus.Draining{}})
+	select {
+	case <-n.drained:
+	case <-ctx.Done(): // Close below says so
+	}
+	if page != nil {
+		page.Close()
+	}
+	n.loop.Call(context.Background(), func() {
+		for _, a := range n.attempts {
+			a.cancel()
+		}
+	})
+	closing, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	for _, closed := range []error{n.senders.Close(closing), n.small.Close(ctx), n.large.Close(ctx)} {
+		if closed != nil {
+			n.log.Warn("work was still under way at the end of drain_timeout and is dropped")
+			break
+		}
+	}
+	n.client.CloseIdle()
+	if err := n.store.Close(closing); err != nil {
+		n.log.Error("the store was not closed properly; nothing is lost, the next start takes longer", "error", err)
+	}
+	n.log.Info("stopped")
+}
+
+// limitMemory tells Go's runtime how much of memory_limit is its own: what is
+// outside its heap (code, SQLite, stacks of the kernel) is left out.
+func limitMemory(cfg *Config) {
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(int64(cfg.MemoryLimit) * 3 / 4)
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
+}
+
+// listeners are where the bus is reached.
+type listeners struct {
+	front  []net.Listener
+	status net.Listener
+}
+
+// listen opens what the configuration names, or takes what systemd passes: a
+// socket named "status" is the status page's, all others are the front's.
+func (n *Node) listen(cfg *Config) (l listeners, err error) {
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	passed, err := netx.SystemdListeners()
+	if err != nil {
+		return l, err
+	}
+	for _, p := range passed {
+		if p.Name == "status" {
+			l.status = p.Listener
+			continue
+		}
+		l.front = append(l.front, p.Listener)
+	}
+	if len(l.front) == 0 {
+		for _, spec := range cfg.Front.Listen {
+			ln, err := netx.Listen(spec, cfg.frontListenOptions())
+			if err != nil {
+				return l, fmt.Errorf("front: %w", err)
+			}
+			l.front = append(l.front, ln)
+		}
+	}
+	if l.status == nil && cfg.Status.Listen != "" {
+		l.status, err = netx.Listen(cfg.Status.Listen, netx.ListenOptions{AllowRemote: cfg.Status.AllowRemote})
+		if err != nil {
+			return l, fmt.Errorf("status: %w", err)
+		}
+	}
+	return l, nil
+}
+
+func (l listeners) close() {
+	for _, ln := range l.front {
+		ln.Close()
+	}
+	if l.status != nil {
+		l.status.Close()
+	}
+}
+
+// serve starts one of the few goroutines of a node: its loop, one for each
+// listener.
+func serve(ctx context.Context, run func(context.Context)) { go run(ctx) }
+
+// reload takes over what can change while the bus runs, and says what cannot.
+func (n *Node) reload(cfg *Config) {
+	old := n.cfg.Load()
+	applied, needRestart := Changed(old, cfg)
+	next := *old
+	next.applyReloadable(cfg)
+	n.cfg.Store(&next)
+	n.level.Set(next.level())
+	n.loop.Post(event{Event: bus.Reconfigured{Config: next.Core()}})
+	n.log.Info("configuration reloaded", "changed", applied, "need_restart", needRestart)
+}

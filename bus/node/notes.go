@@ -1,0 +1,160 @@
+package node
+
+import (
+	"context"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/netx"
+)
+
+// notes writes to the log what repeats with every faulty host, at a rate that
+// an SD card and a reader can bear. What is left out is counted and said with
+// the next line.
+type notes struct {
+	log   *slog.Logger
+	mu    sync.Mutex
+	kinds map[string]*note
+}
+
+type note struct {
+	limit *rate.Limiter
+	left  int64
+}
+
+// notesEach is how many lines of one kind may be written at once, and again
+// each minute.
+const notesEach = 10
+
+func newNotes(log *slog.Logger) *notes {
+	return &notes{log: log, kinds: make(map[string]*note)}
+}
+
+func (n *notes) write(level slog.Level, msg string, attrs ...slog.Attr) {
+	if !n.log.Enabled(context.Background(), level) {
+		return
+	}
+	n.mu.Lock()
+	k := n.kinds[msg]
+	if k == nil {
+		k = &note{limit: rate.NewLimiter(rate.Every(time.Minute/notesEach), notesEach)}
+		n.kinds[msg] = k
+	}
+	if !k.limit.Allow() {
+		k.left++
+		n.mu.Unlock()
+		return
+	}
+	left := k.left
+	k.left = 0
+	n.mu.Unlock()
+	if left > 0 {
+		attrs = append(attrs, slog.Int64("not_logged", left))
+	}
+	n.log.LogAttrs(context.Background(), level, msg, attrs...)
+}
+
+// hosts tells of destinations that begin to fail and of those that are back,
+// as their records change.
+func (n *notes) hosts(records []bus.HostRecord) {
+	for i := range records {
+		switch r := &records[i]; {
+		case r.Failures == 1:
+			n.write(slog.LevelInfo, "destination fails", slog.String("destination", string(r.Name)), slog.String("failure", r.LastFailure.String()), slog.String("detail", r.Detail))
+		case r.Failures == 0 && r.LastTry != 0 && r.LastSuccess.Sub(r.LastTry) < time.Minute:
+			n.write(slog.LevelInfo, "destination is back", slog.String("destination", string(r.Name)))
+		}
+	}
+}
+
+// failed tells of an attempt that failed. The target's query may hold a
+// token, so only the path is written.
+func (n *notes) failed(a *attempt, f matrix.Failure, detail string) {
+	level := slog.LevelDebug
+	if f == matrix.FailLocal {
+		level = slog.LevelWarn
+	}
+	path, _, _ := strings.Cut(a.in.Target, "?")
+	n.write(level, "attempt failed", slog.String("destination", string(a.in.Destination)), slog.String("method", a.in.Method), slog.String("path", path), slog.String("failure", f.String()), slog.String("detail", detail))
+}
+
+// reply tells of an answer that the homeserver did not get whole.
+func (n *notes) reply(in *netx.Inbound, err error) {
+	path, _, _ := strings.Cut(in.Target, "?")
+	n.write(slog.LevelWarn, "answer aborted", slog.String("destination", string(in.Destination)), slog.String("method", in.Method), slog.String("path", path), slog.Any("error", err))
+}
+
+// trouble is what makes /health say 503: faults of the bus itself, each until
+// the same thing has worked again or some time has passed.
+type trouble struct {
+	store atomic.Pointer[string]
+	full  atomic.Pointer[fault]
+}
+
+type fault struct {
+	at   time.Time
+	text string
+}
+
+// spoolTrouble is how long a full spool counts as trouble.
+const spoolTrouble = time.Minute
+
+func (t *trouble) commit(err error) {
+	if err == nil {
+		t.store.Store(nil)
+		return
+	}
+	text := "the store cannot be written: " + err.Error()
+	t.store.Store(&text)
+}
+
+func (t *trouble) spool(err error) {
+	t.full.Store(&fault{at: time.Now(), text: "no room for bodies: " + err.Error()})
+}
+
+// reason returns what is wrong now, or "".
+func (t *trouble) reason() string {
+	if s := t.store.Load(); s != nil {
+		return *s
+	}
+	if f := t.full.Load(); f != nil && time.Since(f.at) < spoolTrouble {
+		return f.text
+	}
+	return ""
+}
+
+// endpointCounts counts requests by endpoint. The names are those of the
+// endpoint table, so there is a bounded number of them.
+type endpointCounts struct {
+	mu sync.Mutex
+	n  map[string]int64
+}
+
+func (c *endpointCounts) count(name string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n == nil {
+		c.n = make(map[string]int64)
+	}
+	c.n[name]++
+}
+
+// report lists the counts by name.
+func (c *endpointCounts) report() []CountReport {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	list := make([]CountReport, 0, len(c.n))
+	for _, name := range slices.Sorted(maps.Keys(c.n)) {
+		list = append(list, CountReport{name, c.n[name]})
+	}
+	return list
+}

@@ -1,0 +1,102 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// maxStatus is the largest status that is read, in bytes; a real one has less
+// than 20 KiB.
+const maxStatus = 4 << 20
+
+// PrintStatus asks the fsbus whose status listener is at address ("host:port"
+// or "unix:/path") and writes its status as a table, or as the JSON that came.
+func PrintStatus(ctx context.Context, w io.Writer, address string, asJSON bool) error {
+	network := "tcp"
+	if path, ok := strings.CutPrefix(address, "unix:"); ok {
+		network, address = "unix", path
+	}
+	c := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, address)
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, "GET", "http://fsbus/status", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.Do(req)
+	if err != nil {
+		return fmt.Errorf("no fsbus answers at %s: %w", address, errors.Unwrap(err))
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxStatus))
+	if err != nil {
+		return fmt.Errorf("read the status: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answers %s: %s", address, resp.Status, strings.TrimSpace(string(body)))
+	}
+	if asJSON {
+		_, err := w.Write(body)
+		return err
+	}
+	var r Report
+	if err := json.Unmarshal(body, &r); err != nil {
+		return fmt.Errorf("%s does not answer like an fsbus: %w", address, err)
+	}
+	return writeTable(w, &r)
+}
+
+// writeTable writes a report for a terminal.
+func writeTable(w io.Writer, r *Report) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(t, "fsbus %s for %s, up %s: %s\n", r.Version, r.ServerName, time.Duration(r.UptimeSeconds)*time.Second, r.Health)
+
+	fmt.Fprintf(t, "\nIN USE\tNOW\tMOST\tALLOWED\n")
+	for _, b := range r.Budgets {
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", b.Name, amount(b.Used, b.Unit), amount(b.Max, b.Unit), amount(b.Allowed, b.Unit))
+	}
+	fmt.Fprintf(t, "\nCLASS\tREQUESTS\tWAITING\tRUNNING\tOLDEST\tMEAN WAIT\tLONGEST\n")
+	for _, q := range r.Queues {
+		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\t%s\n", q.Class, q.Requests, q.Waiting, q.Running, secs(q.OldestSeconds), secs(q.MeanWait), secs(q.MaxWait))
+	}
+	fmt.Fprintf(t, "\nDESTINATIONS\tHOSTS\tWORKERS\tMOST\tALLOWED\n")
+	for _, k := range r.Hosts.Ranks {
+		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%d\n", k.Rank, k.Hosts, k.Workers, k.WorkersMax, k.WorkersAllowed)
+	}
+	fmt.Fprintf(t, "left alone\t%d\n", r.Hosts.BackingOff)
+	if len(r.Hosts.Worst) > 0 {
+		fmt.Fprintf(t, "\nWORST OFF\tWAITING\tFAILURES\tNEXT TRY\tWHY\n")
+		for _, h := range r.Hosts.Worst {
+			next := "now"
+			if h.NextTryIn > 0 {
+				next = "in " + secs(h.NextTryIn)
+			}
+			fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\n", h.Name, h.Waiting, h.Failures, next, h.LastError)
+		}
+	}
+	fmt.Fprintf(t, "\nREQUESTS\tSO FAR\n")
+	for _, c := range r.Requests.counts() {
+		fmt.Fprintf(t, "%s\t%d\n", c.Name, c.Count)
+	}
+	fmt.Fprintf(t, "\nATTEMPTS\tSO FAR\n")
+	fmt.Fprintf(t, "sent\t%d\nnew connections\t%d\nTLS handshakes\t%d\nof them resumed\t%d\n", r.Remotes.Attempts, r.Remotes.Connects, r.Remotes.Handshakes, r.Remotes.Resumed)
+	for _, list := range [][]CountReport{r.Remotes.Statuses, r.Remotes.Failures} {
+		for _, c := range list {
+			if c.Count > 0 {
+				fmt.Fprintf(t, "%s\t%d\n", c.Name, c.Count)
+			}
+		}
+	}
+	return t.Flush()
+}

@@ -1,0 +1,33 @@
+package node
+
+import (
+	"fsbus/bus"
+	"fsbus/sched"
+	"fsbus/store"
+)
+
+// toStore and fromStore translate what the core remembers of a host into what
+// the store keeps, and back. The core's times are those of a clock that starts
+// with the wall clock, so its label is what is stored; the core corrects what
+// a wall clock that ran wild makes of it.
+func toStore(records []bus.HostRecord) []store.Host {
+	hosts := make([]store.Host, len(records))
+	for i, r := range records {
+		hosts[i] = store.Host{
+			Name: r.Name, Failures: r.Failures, Failure: r.LastFailure, Status: int32(r.LastStatus), Error: r.Detail,
+			FailingSince: r.FirstFailure.Wall(), FailedAt: r.LastTry.Wall(), RetryAt: r.NextTry.Wall(), SucceededAt: r.LastSuccess.Wall(),
+		}
+	}
+	return hosts
+}
+
+func fromStore(hosts []store.Host) []bus.HostRecord {
+	records := make([]bus.HostRecord, len(hosts))
+	for i, h := range hosts {
+		records[i] = bus.HostRecord{
+			Name: h.Name, Failures: h.Failures, LastFailure: h.Failure, LastStatus: int(h.Status), Detail: h.Error,
+			FirstFailure: sched.FromWall(h.FailingSince), LastTry: sched.FromWall(h.FailedAt), NextTry: sched.FromWall(h.RetryAt), LastSuccess: sched.FromWall(h.SucceededAt),
+		}
+	}
+	return records
+}

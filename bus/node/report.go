@@ -1,0 +1,303 @@
+package node
+
+import (
+	"context"
+	"os"
+	"runtime"
+	"runtime/metrics"
+	"strconv"
+	"strings"
+	"time"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/netx"
+	"fsbus/sched"
+	"fsbus/store"
+)
+
+// Report is what the status page, /status and the metrics show: one moment of
+// a running bus. Sizes are bytes, times are seconds unless the name says
+// otherwise.
+type Report struct {
+	Version       string         `json:"version"`
+	ServerName    string         `json:"server_name"`
+	Health        string         `json:"health"` // "ok", or what is wrong
+	Started       time.Time      `json:"started"`
+	UptimeSeconds int64          `json:"uptime_seconds"`
+	Budgets       []BudgetUse    `json:"budgets"`
+	Queues        []QueueReport  `json:"queues"`
+	Hosts         HostsReport    `json:"hosts"`
+	Requests      RequestsReport `json:"requests"`
+	Remotes       RemotesReport  `json:"remotes"`
+	Caches        []CacheReport  `json:"caches"`
+	Store         StoreReport    `json:"store"`
+	Endpoints     []CountReport  `json:"endpoints"` // requests so far, by endpoint
+	RateLimits    RateLimits     `json:"rate_limits"`
+}
+
+// BudgetUse is one thing of which only so much may exist.
+type BudgetUse struct {
+	Name    string `json:"name"`
+	Unit    string `json:"unit"` // "bytes" or "count"
+	Used    int64  `json:"used"`
+	Max     int64  `json:"max"` // the most so far, -1 if not known
+	Allowed int64  `json:"allowed"`
+}
+
+// QueueReport is one priority class.
+type QueueReport struct {
+	Class         string  `json:"class"`
+	Requests      int64   `json:"requests"` // so far
+	Waiting       int64   `json:"waiting"`
+	Running       int64   `json:"running"`
+	OldestSeconds float64 `json:"oldest_seconds"`
+	MeanWait      float64 `json:"mean_wait_seconds"` // for a worker, so far
+	MaxWait       float64 `json:"max_wait_seconds"`
+}
+
+// HostsReport is the destinations by rank, and those that are worst off.
+type HostsReport struct {
+	Known      int          `json:"known"`
+	Allowed    int          `json:"allowed"`
+	Forgotten  int64        `json:"forgotten"` // to make room, so far
+	Ranks      []RankReport `json:"ranks"`
+	BackingOff int          `json:"backing_off"`
+	Worst      []HostReport `json:"worst"`
+}
+
+// RankReport is one rank of hosts: proven, unknown or failing.
+type RankReport struct {
+	Rank           string `json:"rank"`
+	Hosts          int    `json:"hosts"`
+	Workers        int64  `json:"workers"`
+	WorkersMax     int64  `json:"workers_max"`
+	WorkersAllowed int64  `json:"workers_allowed"`
+}
+
+// HostReport is one destination.
+type HostReport struct {
+	Name        string     `json:"name"`
+	Rank        string     `json:"rank"`
+	Waiting     int32      `json:"waiting"`
+	Running     int32      `json:"running"`
+	Failures    int32      `json:"failures"` // in a row
+	LastError   string     `json:"last_error,omitempty"`
+	FailingFor  float64    `json:"failing_seconds,omitempty"`
+	NextTryIn   float64    `json:"next_try_in_seconds,omitempty"`
+	LastSuccess *time.Time `json:"last_success,omitempty"`
+}
+
+// RequestsReport counts what became of the homeserver's requests.
+type RequestsReport struct {
+	Answered    int64          `json:"answered"` // with what a remote said
+	Shared      int64          `json:"shared"`   // with a call under way
+	CacheHits   int64          `json:"cache_hits"`
+	CacheStale  int64          `json:"cache_stale"` // an old answer, since the host failed
+	FailedFast  int64          `json:"failed_fast"` // the host is backing off
+	Expired     int64          `json:"expired"`     // the caller's time-out was near
+	Gone        int64          `json:"gone"`        // given up by the homeserver
+	Aged        int64          `json:"aged"`        // let through early for having waited long
+	Refused4xx  int64          `json:"refused_4xx"`
+	Refused5xx  int64          `json:"refused_5xx"`
+	RepliesCut  int64          `json:"replies_cut"`
+	RepliesSlow int64          `json:"replies_slow"`
+	RepliesGone int64          `json:"replies_gone"`
+	Front       map[int]uint64 `json:"front_refused"` // by status
+	FrontCut    uint64         `json:"front_cut"`
+}
+
+// RemotesReport counts what happened at the remotes.
+type RemotesReport struct {
+	Attempts   int64         `json:"attempts"`
+	Connects   int64         `json:"connects"`
+	Limited    int64         `json:"rate_limited"`
+	BytesIn    int64         `json:"bytes_in"`
+	Statuses   []CountReport `json:"statuses"`
+	Failures   []CountReport `json:"failures"`
+	Handshakes int64         `json:"handshakes"`
+	Resumed    int64         `json:"handshakes_resumed"`
+}
+
+// CountReport is a named count.
+type CountReport struct {
+	Name  string `json:"name"`
+	Count int64  `json:"count"`
+}
+
+// CacheReport is one cache.
+type CacheReport struct {
+	Name    string `json:"name"`
+	Entries int64  `json:"entries"`
+	Hits    int64  `json:"hits"`   // look-ups that it answered
+	Misses  int64  `json:"misses"` // those that went further
+}
+
+// StoreReport is the database.
+type StoreReport struct {
+	Commits           int64   `json:"commits"`
+	Rows              int64   `json:"rows"`
+	Failed            int64   `json:"failed"`
+	LastCommitSeconds float64 `json:"last_commit_seconds"`
+	MaxCommitSeconds  float64 `json:"max_commit_seconds"`
+	FileBytes         int64   `json:"file_bytes"`
+	WALBytes          int64   `json:"wal_bytes"`
+	Queue             int     `json:"queue"`
+}
+
+// RateLimits are the rates that the configuration allows.
+type RateLimits struct {
+	HandshakesPerSecond float64 `json:"handshakes_per_second"`
+	HostRate            float64 `json:"host_rate"`
+	HostConcurrency     int     `json:"host_concurrency"`
+}
+
+// worstHosts is how many destinations a report names.
+const worstHosts = 20
+
+// Report describes the present moment. It fails when the loop does not answer
+// before ctx ends, which is itself a finding.
+func (n *Node) Report(ctx context.Context) (*Report, error) {
+	var snap bus.Snapshot
+	if err := n.loop.Call(ctx, func() { snap = n.core.Snapshot(n.clock.Now(), worstHosts) }); err != nil {
+		return nil, err
+	}
+	cfg, st := n.cfg.Load(), &snap.Stats
+	front, spool, client, db := n.front.Stats(), n.spool.Stats(), n.client.Stats(), n.store.Stats()
+	r := &Report{
+		Version: n.version, ServerName: string(cfg.Homeserver.ServerName), Health: n.health(),
+		Started: n.started, UptimeSeconds: int64(time.Since(n.started).Seconds()),
+		Budgets: n.budgets(cfg, &snap, front, spool, client),
+		Hosts:   hostsReport(&snap),
+		Store:   storeReport(db),
+		Caches: []CacheReport{
+			{"answers", int64(snap.CacheEntries), st.CacheHits + st.CacheStale, st.Attempts},
+			{"well-known", int64(client.WellKnownEntries), client.WellKnownHits, client.WellKnownFetches},
+			{"dns", int64(client.DNS.Entries), client.DNS.Hits, client.DNS.Lookups},
+		},
+		RateLimits: RateLimits{cfg.Outbound.HandshakesPerSecond, cfg.Outbound.HostRate, cfg.Outbound.HostConcurrency},
+	}
+	for c := matrix.Class(1); c <= matrix.NumClasses; c++ {
+		q := QueueReport{Class: c.String(), Requests: st.Requests[c], Waiting: snap.Waiting[c], Running: snap.Running[c], OldestSeconds: seconds(snap.Oldest[c]), MaxWait: seconds(st.Waits[c].Max)}
+		if k := st.Waits[c].Count; k > 0 {
+			q.MeanWait = seconds(st.Waits[c].Total / time.Duration(k))
+		}
+		r.Queues = append(r.Queues, q)
+	}
+	r.Requests = RequestsReport{
+		Answered: st.Answered, Shared: st.Shared, CacheHits: st.CacheHits, CacheStale: st.CacheStale, FailedFast: st.FailedFast,
+		Expired: st.Expired, Gone: st.Gone, Aged: st.Aged, Refused4xx: st.Refused[4], Refused5xx: st.Refused[5],
+		RepliesCut: n.replies.cut.Load(), RepliesSlow: n.replies.slow.Load(), RepliesGone: n.replies.gone.Load(),
+		Front: front.Refused, FrontCut: front.Cut,
+	}
+	r.Remotes = RemotesReport{Attempts: st.Attempts, Connects: st.Connects, Limited: st.Limited, BytesIn: st.BytesIn, Handshakes: client.Handshakes, Resumed: client.Resumed}
+	for d, name := range []string{"invalid", "1xx", "2xx", "3xx", "4xx", "5xx"} {
+		r.Remotes.Statuses = append(r.Remotes.Statuses, CountReport{name, st.Statuses[d]})
+	}
+	for f := range matrix.NumFailures {
+		r.Remotes.Failures = append(r.Remotes.Failures, CountReport{f.String(), st.Failures[f]})
+	}
+	r.Endpoints = n.endpoints.report()
+	return r, nil
+}
+
+func (n *Node) budgets(cfg *Config, snap *bus.Snapshot, front netx.FrontStats, spool netx.SpoolStats, client netx.ClientStats) []BudgetUse {
+	b := cfg.Budget()
+	rss, rssMax := residentBytes()
+	return []BudgetUse{
+		{"memory (resident)", "bytes", rss, rssMax, int64(cfg.MemoryLimit)},
+		{"goroutines", "count", int64(runtime.NumGoroutine()), -1, int64(b.Goroutines)},
+		{"connections from the homeserver", "count", int64(front.Open), int64(front.MaxOpen), int64(cfg.Front.MaxConnections)},
+		{"requests waiting or running", "count", int64(snap.Requests.Used), int64(snap.Requests.Max), int64(snap.Requests.Limit)},
+		{"workers", "count", int64(snap.Workers.Used), int64(snap.Workers.Max), int64(snap.Workers.Limit)},
+		{"connections to remotes", "count", client.Open, client.PeakOpen, int64(b.Connections)},
+		{"bodies in memory", "bytes", spool.Memory, spool.MaxMemory, int64(cfg.Outbound.SpoolMemory)},
+		{"bodies on disk", "bytes", spool.Disk, spool.MaxDisk, int64(cfg.Outbound.SpoolDisk)},
+		{"cached answers", "bytes", snap.CacheBytes, -1, snap.CacheLimit},
+		{"file descriptors", "count", openFiles(), -1, int64(b.FileDescriptors)},
+	}
+}
+
+func hostsReport(s *bus.Snapshot) HostsReport {
+	h := HostsReport{Known: s.Hosts, Allowed: s.HostsLimit, Forgotten: s.Stats.HostsForgotten, BackingOff: s.BackingOff, Worst: []HostReport{}}
+	for _, l := range s.Lanes {
+		h.Ranks = append(h.Ranks, RankReport{l.Name, l.Hosts, int64(l.Slots.Used), int64(l.Slots.Max), int64(l.Slots.Limit)})
+	}
+	for _, w := range s.Worst {
+		r := HostReport{Name: string(w.Name), Rank: w.Rank, Waiting: w.Waiting, Running: w.Running, Failures: w.Failures, LastError: w.Why}
+		if w.FirstFailure != 0 {
+			r.FailingFor = seconds(s.At.Sub(w.FirstFailure))
+		}
+		if next := max(w.NextTry, w.Paused); next > s.At {
+			r.NextTryIn = seconds(next.Sub(s.At))
+		}
+		if w.LastSuccess != 0 {
+			t := w.LastSuccess.Std().UTC()
+			r.LastSuccess = &t
+		}
+		h.Worst = append(h.Worst, r)
+	}
+	return h
+}
+
+func storeReport(s store.Stats) StoreReport {
+	return StoreReport{
+		Commits: s.Commits, Rows: s.Rows, Failed: s.Failed, LastCommitSeconds: seconds(s.LastCommit), MaxCommitSeconds: seconds(s.MaxCommit),
+		FileBytes: s.FileBytes, WALBytes: s.WALBytes, Queue: s.QueueLen,
+	}
+}
+
+func seconds(d time.Duration) float64 { return float64(d.Milliseconds()) / 1000 }
+
+// health returns "ok", or what makes the bus unfit for work, in one line.
+func (n *Node) health() string {
+	if n.draining.Load() {
+		return "stopping"
+	}
+	if why := n.trouble.reason(); why != "" {
+		return why
+	}
+	return "ok"
+}
+
+// residentBytes returns the process's resident memory now and its peak, as
+// Linux has them; elsewhere what Go's runtime has from the system.
+func residentBytes() (now, peak int64) {
+	if text, err := os.ReadFile("/proc/self/status"); err == nil {
+		return statusKB(string(text), "VmRSS:"), statusKB(string(text), "VmHWM:")
+	}
+	s := []metrics.Sample{{Name: "/memory/classes/total:bytes"}}
+	metrics.Read(s)
+	return int64(s[0].Value.Uint64()), -1
+}
+
+func statusKB(text, key string) int64 {
+	_, rest, ok := strings.Cut(text, key)
+	if !ok {
+		return -1
+	}
+	fields := strings.Fields(rest)
+	if len(fields) == 0 {
+		return -1
+	}
+	kb, err := strconv.ParseInt(fields[0], 10, 64)
+	if err != nil {
+		return -1
+	}
+	return kb * int64(sched.KiB)
+}
+
+// openFiles returns how many file descriptors are open, -1 if that cannot be
+// told.
+func openFiles() int64 {
+	d, err := os.Open("/proc/self/fd")
+	if err != nil {
+		return -1
+	}
+	defer d.Close()
+	names, err := d.Readdirnames(-1)
+	if err != nil {
+		return -1
+	}
+	return int64(len(names)) - 1 // the directory itself
+}

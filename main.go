@@ -1,0 +1,230 @@
+// Command fsbus is the federation-side bus: it carries all of a Matrix
+// homeserver's federation traffic within fixed limits of memory, connections
+// and processor time.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"fsbus/bus/node"
+)
+
+// version is set by the Makefile from git.
+var version = ""
+
+// Exit codes.
+const (
+	exitOK     = 0
+	exitFailed = 1 // something went wrong while running
+	exitUsage  = 2 // wrong use of the command line, or a mistake in the configuration
+)
+
+const usage = `fsbus carries a Matrix homeserver's federation traffic.
+
+usage: fsbus [COMMAND] [FLAGS]
+
+commands:
+  run             serve until SIGTERM or SIGINT (the default); SIGHUP reloads the configuration
+  check           read the configuration, print the effective budgets, and exit
+  status          ask a running fsbus for its status and print it
+  synapse-config  print the lines for homeserver.yaml
+  version         print the version
+
+Each command explains its flags with -h.
+
+exit codes: 0 fine, 1 failed, 2 used wrongly or a mistake in the configuration
+`
+
+// command is one subcommand. Its flags are added before run is called with
+// what was given.
+type command struct {
+	about string
+	run   func(fs *flag.FlagSet, args []string) int
+}
+
+var commands = map[string]command{
+	"run":            {"serve until SIGTERM or SIGINT; SIGHUP reloads the configuration", runCommand},
+	"check":          {"read the configuration, print the effective budgets, and exit", checkCommand},
+	"status":         {"ask a running fsbus for its status and print it", statusCommand},
+	"synapse-config": {"print the lines for homeserver.yaml", synapseCommand},
+	"version":        {"print the version", versionCommand},
+}
+
+func main() {
+	os.Exit(dispatch(os.Args[1:]))
+}
+
+func dispatch(args []string) int {
+	name := "run"
+	if len(args) > 0 {
+		switch first := args[0]; {
+		case first == "-h" || first == "-help" || first == "--help" || first == "help":
+			io.WriteString(os.Stdout, usage)
+			return exitOK
+		case first != "" && first[0] != '-':
+			name, args = first, args[1:]
+		}
+	}
+	c, ok := commands[name]
+	if !ok {
+		fmt.Fprintf(os.Stderr, "fsbus: unknown command %q\n\n%s", name, usage)
+		return exitUsage
+	}
+	fs := flag.NewFlagSet("fsbus "+name, flag.ContinueOnError)
+	fs.SetOutput(os.Stderr)
+	fs.Usage = func() {
+		fmt.Fprintf(fs.Output(), "usage: fsbus %s [FLAGS]\n\n%s\n\n", name, c.about)
+		fs.PrintDefaults()
+	}
+	return c.run(fs, args)
+}
+
+// parse reads a command's flags; done means that the command ends with code.
+func parse(fs *flag.FlagSet, args []string) (code int, done bool) {
+	switch err := fs.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		return exitOK, true
+	case err != nil:
+		return exitUsage, true
+	case fs.NArg() > 0:
+		fmt.Fprintf(os.Stderr, "fsbus: unexpected argument %q; see %s -h\n", fs.Arg(0), fs.Name())
+		return exitUsage, true
+	}
+	return exitOK, false
+}
+
+func configFlag(fs *flag.FlagSet) *string {
+	return fs.String("config", "/etc/fsbus/config.toml", "the configuration `file`")
+}
+
+// load reads the configuration and prints what is wrong with it.
+func load(path string) (*node.Config, bool) {
+	cfg, err := node.Load(path)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return nil, false
+	}
+	return cfg, true
+}
+
+func runCommand(fs *flag.FlagSet, args []string) int {
+	path := configFlag(fs)
+	if code, done := parse(fs, args); done {
+		return code
+	}
+	cfg, ok := load(*path)
+	if !ok {
+		return exitUsage
+	}
+	var level slog.LevelVar
+	log := node.NewLogger(os.Stderr, cfg, &level)
+	for _, w := range cfg.Warnings() {
+		log.Warn(w)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	n, err := node.New(ctx, cfg, buildVersion(), log, &level)
+	if err != nil {
+		log.Error("fsbus cannot start", "error", err)
+		return exitFailed
+	}
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	if err := n.Run(ctx, hup, func() (*node.Config, error) { return node.Load(*path) }); err != nil {
+		log.Error("fsbus failed", "error", err)
+		return exitFailed
+	}
+	return exitOK
+}
+
+func checkCommand(fs *flag.FlagSet, args []string) int {
+	path := configFlag(fs)
+	if code, done := parse(fs, args); done {
+		return code
+	}
+	cfg, ok := load(*path)
+	if !ok {
+		return exitUsage
+	}
+	if _, err := cfg.Budget().WriteTo(os.Stdout); err != nil {
+		return exitFailed
+	}
+	for _, w := range cfg.Warnings() {
+		fmt.Println("warning:", w)
+	}
+	fmt.Printf("%s: no mistakes found\n", *path)
+	return exitOK
+}
+
+func statusCommand(fs *flag.FlagSet, args []string) int {
+	path := configFlag(fs)
+	address := fs.String("address", "", "the status listener's `address` (default: as in the configuration)")
+	asJSON := fs.Bool("json", false, "print the JSON of /status as it is")
+	if code, done := parse(fs, args); done {
+		return code
+	}
+	if *address == "" {
+		cfg, ok := load(*path)
+		if !ok {
+			return exitUsage
+		}
+		if *address = cfg.Status.Listen; *address == "" {
+			fmt.Fprintf(os.Stderr, "fsbus: %s has no status.listen, so there is no status to ask for\n", *path)
+			return exitUsage
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := node.PrintStatus(ctx, os.Stdout, *address, *asJSON); err != nil {
+		fmt.Fprintln(os.Stderr, "fsbus:", err)
+		return exitFailed
+	}
+	return exitOK
+}
+
+func synapseCommand(fs *flag.FlagSet, args []string) int {
+	path := configFlag(fs)
+	if code, done := parse(fs, args); done {
+		return code
+	}
+	cfg, ok := load(*path)
+	if !ok {
+		return exitUsage
+	}
+	io.WriteString(os.Stdout, cfg.SynapseConfig())
+	return exitOK
+}
+
+func versionCommand(fs *flag.FlagSet, args []string) int {
+	if code, done := parse(fs, args); done {
+		return code
+	}
+	fmt.Printf("fsbus %s (%s %s/%s)\n", buildVersion(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return exitOK
+}
+
+// buildVersion is what the Makefile set, else what go build recorded.
+func buildVersion() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				return s.Value[:min(12, len(s.Value))]
+			}
+		}
+	}
+	return "unknown"
+}
