@@ -15,16 +15,16 @@ import (
 func TestBudgetTable(t *testing.T) {
 	const want = `memory at worst               count      each     total   set by
   program and database            1  16.0 MiB  16.0 MiB
-  requests that wait           5000   3.0 KiB  14.6 MiB   front.max_connections
+  requests that wait           5000   2.5 KiB  12.2 MiB   front.max_connections
   requests being read            64  50.0 KiB   3.1 MiB   front.max_reading
-  requests to other servers     128  56.0 KiB   7.0 MiB   outbound.workers
+  requests to other servers     128  88.0 KiB  11.0 MiB   outbound.workers
   idle connections               64  40.0 KiB   2.5 MiB   outbound.idle_connections
-  servers remembered          10000     800 B   7.6 MiB   outbound.max_hosts
-  names and addresses             1   2.0 MiB   2.0 MiB
-  TLS sessions                 1000   1.5 KiB   1.5 MiB
+  servers remembered          10000     768 B   7.3 MiB   outbound.max_hosts
+  names and addresses             1   4.6 MiB   4.6 MiB
+  TLS sessions                 1000   1.0 KiB   1.0 MiB
   bodies on their way             1   4.0 MiB   4.0 MiB   outbound.spool_memory
   answers kept                    1   2.0 MiB   2.0 MiB   outbound.cache
-  sum                                          60.4 MiB   of memory_limit, 64.0 MiB
+  sum                                          63.7 MiB   of memory_limit, 64.0 MiB
 goroutines                     1216
 connections to servers          320
 file descriptors               5656

@@ -85,7 +85,7 @@ type FrontConfig struct {
 	AllowRemote bool `toml:"allow_remote"`
 	// MaxConnections is how many requests of the homeserver are held at a
 	// time; further ones wait in the accept backlog. Default 5000, as a
-	// homeserver sends to all servers of its rooms at once. Each costs 3 KiB
+	// homeserver sends to all servers of its rooms at once. Each costs 2.5 KiB
 	// and a file descriptor.
 	MaxConnections int `toml:"max_connections" range:"16..100000"`
 	// MaxReading is how many of them are being read at a time. Default 64.
@@ -98,7 +98,7 @@ type FrontConfig struct {
 // OutboundConfig bounds what is sent to other servers.
 type OutboundConfig struct {
 	// Workers is how many requests to other servers run at a time. Default
-	// 128. Each costs 56 KiB, seven goroutines and two file descriptors.
+	// 128. Each costs 88 KiB, seven goroutines and two file descriptors.
 	Workers int `toml:"workers" range:"8..2048"`
 	// UnknownHosts is how many of the workers may wait for servers that have
 	// not answered yet. Default 96. After a start all servers are such.
@@ -117,7 +117,7 @@ type OutboundConfig struct {
 	HostBurst int `toml:"host_burst" range:"1..1000" reload:"yes"`
 	// MaxHosts is how many servers are remembered, more than
 	// Front.MaxConnections and Workers together. Default 10000. Each costs
-	// 800 bytes.
+	// 768 bytes.
 	MaxHosts int `toml:"max_hosts" range:"100..1000000"`
 	// ConnectTimeout bounds connecting to one address of a server. Default 5 s.
 	// A worker is busy for as long with a server that is gone, at most 30 s

@@ -2,7 +2,6 @@ package node
 
 import (
 	"cmp"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -412,8 +411,8 @@ func (k *checker) caFile() {
 		k.bad(key, quote(c.CAFile)+": "+reason(err), want)
 		return
 	}
-	if !x509.NewCertPool().AppendCertsFromPEM(pem) {
-		k.bad(key, quote(c.CAFile)+" holds no certificate", want)
+	if _, err := netx.CAPool(pem); err != nil {
+		k.bad(key, quote(c.CAFile)+": "+clean(err.Error()), want)
 	}
 }
 

@@ -296,7 +296,7 @@ func TestLoadFindsFilesFromTheConfigsFolder(t *testing.T) {
 		t.Errorf("ca_file %q, want %q", c.Federation.CAFile, want)
 	}
 	write("ca.pem", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", 0o644)
-	if _, err := load(`ca_file = "ca.pem"`); err == nil || !strings.HasSuffix(err.Error(), `/ca.pem" holds no certificate; want a file with certificates in PEM`) {
+	if _, err := load(`ca_file = "ca.pem"`); err == nil || !strings.HasSuffix(err.Error(), `/ca.pem": netx: no PEM certificate in the file of certificate authorities; want a file with certificates in PEM`) {
 		t.Errorf("a file without a certificate: %v", err)
 	}
 }
@@ -330,6 +330,38 @@ func TestLoadRefusesWhatIsNoFile(t *testing.T) {
 		_, err := Load(path)
 		if _, ok := errors.AsType[*ConfigError](err); !ok || err.Error() != want {
 			t.Errorf("Load(%q): %v, want %s", path, err, want)
+		}
+	}
+}
+
+// Lists, tables and files may be as long as is said, and no longer.
+func TestConfigBounds(t *testing.T) {
+	entries := func(n int, format string) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, format+", ", i)
+		}
+		return strings.TrimSuffix(b.String(), ", ")
+	}
+	for _, tt := range []struct{ key, text string }{
+		{"ip_range_blocklist", "[%s]"},
+		{"ip_range_allowlist", "[%s]"},
+		{"resolve", "{%s}"},
+	} {
+		format := `"fc00::%x"`
+		if tt.key == "resolve" {
+			format = `"hs%d.test" = "127.0.0.1"`
+		}
+		with := func(n int) error {
+			_, err := parseConfig("FILE", t.TempDir(), minimal+"[federation]\n"+tt.key+" = "+fmt.Sprintf(tt.text, entries(n, format)))
+			return err
+		}
+		if err := with(maxEntries); err != nil {
+			t.Errorf("%d entries: %v", maxEntries, err)
+		}
+		want := "FILE:8: federation." + tt.key + ": has 1001 entries; want at most 1000"
+		if err := with(maxEntries + 1); err == nil || err.Error() != want {
+			t.Errorf("got %v, want %s", err, want)
 		}
 	}
 }
