@@ -124,12 +124,18 @@ func (m *Machine) failFast(a Arrived, h *host) {
 	m.refuseNew(a, 502, matrix.MUnknown, h.why(m.now), 0)
 }
 
+// Cause says in words how a host failed last.
+func (r *HostRecord) Cause() string {
+	s := failureText(r.LastFailure, r.LastStatus)
+	if r.Detail != "" {
+		s += " (" + r.Detail + ")"
+	}
+	return s
+}
+
 // why says in words what is wrong with a host.
 func (h *host) why(now sched.Time) string {
-	s := fmt.Sprintf("fsbus: %s: %s", h.Name, failureText(h.LastFailure, h.LastStatus))
-	if h.Detail != "" {
-		s += " (" + h.Detail + ")"
-	}
+	s := fmt.Sprintf("fsbus: %s: %s", h.Name, h.Cause())
 	if h.Failures > 0 && h.NextTry > now {
 		s += fmt.Sprintf("; failed %d times in a row, next try in %s", h.Failures, round(h.NextTry.Sub(now)))
 	}

@@ -36,16 +36,16 @@ var (
 )
 
 // classify gives an error of SQLite or of the file system its class, and says
-// in which operation on which file it came up. An error that has a class
-// already keeps it.
+// in which operation on which file it came up. An error that wraps a class
+// already is left with that.
 func classify(op, path string, err error) error {
 	switch class := classOf(path, err); class {
 	case nil:
-		return fmt.Errorf("store: %s: %w", op, err)
+		return fmt.Errorf("store: %s: %s: %w", path, op, err)
 	case ErrCorrupt:
 		return corrupt(path, fmt.Errorf("%s: %w", op, err))
 	default:
-		return fmt.Errorf("store: %s: %w: %w", op, class, err)
+		return fmt.Errorf("store: %s: %s: %w: %w", path, op, class, err)
 	}
 }
 

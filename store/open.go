@@ -105,7 +105,7 @@ func openWriter(ctx context.Context, o *Options) (*writer, error) {
 	}
 	c, err := openConn(o.Path)
 	if err != nil {
-		return nil, classify("open "+o.Path, o.Path, err)
+		return nil, classify("open", o.Path, err)
 	}
 	w, err := prepareWriter(ctx, c, o, unclean)
 	if err != nil {
@@ -117,7 +117,7 @@ func openWriter(ctx context.Context, o *Options) (*writer, error) {
 // prepareWriter checks and configures a new connection.
 func prepareWriter(ctx context.Context, c *conn, o *Options, unclean bool) (*writer, error) {
 	if err := configure(ctx, c, o); err != nil {
-		return nil, classify("configure "+o.Path, o.Path, err)
+		return nil, classify("configure", o.Path, err)
 	}
 	if unclean {
 		if err := quickCheck(ctx, c, o); err != nil {
@@ -133,7 +133,7 @@ func prepareWriter(ctx context.Context, c *conn, o *Options, unclean bool) (*wri
 	}
 	w, err := newWriter(ctx, c, o)
 	if err != nil {
-		return nil, classify("read "+o.Path, o.Path, err)
+		return nil, classify("read", o.Path, err)
 	}
 	return w, nil
 }

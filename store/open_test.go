@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 )
@@ -292,19 +291,15 @@ func TestDamageIsFoundAfterAnUncleanShutdown(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// On another leaf the place of the first cell points into the page header
-	// (sqlite.org/fileformat.html 1.6): counting the rows does not notice.
-	const indexLeaf = 0x0a
-	found := false
-	for page := range slices.Chunk(b, pageSize) {
-		if page[0] == indexLeaf && bytes.Contains(page, []byte("a00010.test")) {
-			page[8], page[9] = 0, 4
-			found = true
-		}
+	// In a row on another leaf the type of a column is now NULL (record
+	// format, sqlite.org/fileformat.html 2.1). What Open reads anyway is sound.
+	good := []byte("\x0b\x23\x09\x11\x08\x0d\x08\x09\x08\x08\x01a00010.test")
+	rotten := bytes.Clone(good)
+	rotten[4] = 0 // status
+	if !bytes.Contains(b, good) {
+		t.Fatal("the row is not there")
 	}
-	if !found {
-		t.Fatal("no leaf with the row")
-	}
+	b = bytes.ReplaceAll(b, good, rotten)
 	if err := os.WriteFile(crashed, b, 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -16,13 +16,22 @@ import (
 // behind one's back, and with it the pragmas that make a commit durable, costs
 // a goroutine, and allocates three times as much per row (doc.go).
 type conn struct {
-	raw interface {
+	raw   rawConn
+	stmts []*stmt
+}
+
+// rawConn and rawStmt are what is used of the driver's connection and statement.
+type (
+	rawConn interface {
 		driver.Conn
 		driver.ExecerContext
 		driver.QueryerContext
 	}
-	stmts []*stmt
-}
+	rawStmt interface {
+		driver.Stmt
+		driver.StmtExecContext
+	}
+)
 
 // openConn opens the database file at path, which must exist: SQLite would
 // create an empty one in its place.
@@ -33,16 +42,7 @@ func openConn(path string) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := new(conn)
-	var ok bool
-	if c.raw, ok = raw.(interface {
-		driver.Conn
-		driver.ExecerContext
-		driver.QueryerContext
-	}); !ok {
-		panic(fmt.Sprintf("store: the SQLite driver's %T lacks methods", raw))
-	}
-	return c, nil
+	return &conn{raw: raw.(rawConn)}, nil
 }
 
 // exec runs one or more statements without parameters.
@@ -122,11 +122,7 @@ func (c *conn) prepare(query string) (*stmt, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%q: %w", query, err)
 	}
-	s := &stmt{raw: raw}
-	var ok bool
-	if s.exec1, ok = raw.(driver.StmtExecContext); !ok {
-		panic(fmt.Sprintf("store: the SQLite driver's %T lacks ExecContext", raw))
-	}
+	s := &stmt{raw: raw.(rawStmt)}
 	c.stmts = append(c.stmts, s)
 	return s, nil
 }
@@ -143,9 +139,8 @@ func (c *conn) close() error {
 
 // stmt is a prepared statement.
 type stmt struct {
-	raw   driver.Stmt
-	exec1 driver.StmtExecContext
-	args  []driver.NamedValue // reused
+	raw  rawStmt
+	args []driver.NamedValue // reused
 }
 
 // exec runs the statement and returns how many rows it changed; after BEGIN,
@@ -153,7 +148,7 @@ type stmt struct {
 // transaction is short, and one that is cut off half-way helps nobody.
 func (s *stmt) exec(args ...driver.Value) (int64, error) {
 	s.args = named(s.args[:0], args)
-	res, err := s.exec1.ExecContext(context.Background(), s.args)
+	res, err := s.raw.ExecContext(context.Background(), s.args)
 	if err != nil {
 		return 0, err
 	}

@@ -7,7 +7,9 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"testing"
+	"unsafe"
 
 	"fsbus/bus/matrix"
 )
@@ -185,4 +187,28 @@ func TestSubmitWithoutACompletionPanics(t *testing.T) {
 		}
 	}()
 	s.Submit(&Batch{}, nil)
+}
+
+func TestAnOpenStoreIsOneGoroutine(t *testing.T) {
+	before := runtime.NumGoroutine()
+	s, err := Open(context.Background(), Options{Path: newPath(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeStore(t, s)
+	put(t, s, up("a.test"))
+	if n := runtime.NumGoroutine() - before; n > 1 {
+		t.Errorf("%d goroutines more than before", n)
+	}
+}
+
+func TestSizesCoverWhatABatchHolds(t *testing.T) {
+	if n := unsafe.Sizeof(Batch{}) + unsafe.Sizeof(job{}); n > batchBytes {
+		t.Errorf("a batch takes %d bytes, counted as %d", n, batchBytes)
+	}
+	if n := unsafe.Sizeof(Host{}); n > hostBytes {
+		t.Errorf("a host takes %d bytes, counted as %d", n, hostBytes)
+	}
+	b := Batch{Hosts: []Host{{Name: "abc", Error: "12345"}}, Forget: []matrix.ServerName{"x", "yz"}}
+	want(t, "size", b.size(), int64(batchBytes+hostBytes+3+5+2*nameBytes+3))
 }

@@ -410,3 +410,21 @@ func TestAnotherWritersLockIsWaitedForAndReported(t *testing.T) {
 	}
 	put(t, s, up("a.test"))
 }
+
+func TestTheLogIsCutBackAfterALargeBatch(t *testing.T) {
+	s := open(t, Options{Path: newPath(t), MaxHosts: 50000, QueueBytes: 64 << 20})
+	var b Batch
+	for i := range 40000 {
+		h := down(numbered("a", i))
+		h.Error = strings.Repeat("x", MaxErrorBytes)
+		b.Hosts = append(b.Hosts, h)
+	}
+	put(t, s, b.Hosts...)
+	if size := s.Stats().WALBytes; size <= walLimit {
+		t.Fatalf("the log has only %d bytes", size)
+	}
+	put(t, s, up("a.test"))
+	if size := s.Stats().WALBytes; size > walLimit {
+		t.Errorf("the log still has %d bytes, want at most %d", size, walLimit)
+	}
+}

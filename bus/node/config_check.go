@@ -34,6 +34,9 @@ const (
 	maxSocketPath = 107
 	// maxEntries bounds each list and table of the configuration.
 	maxEntries = 1000
+	// maxMistakes is how many mistakes of a file are reported. It is more than
+	// there are keys: a file with more is no configuration of fsbus.
+	maxMistakes = 100
 	// maxSecretFile bounds the file of the secret, and so what the homeserver
 	// has to send with each request.
 	maxSecretFile = sched.KiB
@@ -60,6 +63,9 @@ func (k *checker) bad(key, problem, want string) {
 }
 
 func (k *checker) badAt(path toml.Key, problem, want string) {
+	if len(k.errs) >= maxMistakes {
+		return
+	}
 	k.errs = append(k.errs, &ConfigError{k.file, k.doc.line(path), clean(path.String()), problem, want})
 }
 

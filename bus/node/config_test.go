@@ -366,6 +366,21 @@ func TestConfigBounds(t *testing.T) {
 	}
 }
 
+// A file of another program is not worth more than some lines.
+func TestConfigMistakesAreBounded(t *testing.T) {
+	var b strings.Builder
+	for i := range 10 * maxMistakes {
+		fmt.Fprintf(&b, "unknown%d = 1\n", i)
+	}
+	_, err := parseConfig("FILE", t.TempDir(), b.String())
+	if n := len(configErrors(t, err)); n != maxMistakes {
+		t.Errorf("%d mistakes are reported, want %d", n, maxMistakes)
+	}
+	if d := DefaultConfig(); len(d.fields()) >= maxMistakes {
+		t.Errorf("%d keys may have more than maxMistakes", len(d.fields()))
+	}
+}
+
 func TestConfigTextTypes(t *testing.T) {
 	for _, tt := range []struct {
 		text string

@@ -596,4 +596,3 @@ func pool(t *testing.T, w *sim.World) *x509.CertPool {
 	}
 	return p
 }
-

@@ -69,7 +69,7 @@ func (n *notes) hosts(records []bus.HostRecord) {
 	for i := range records {
 		switch r := &records[i]; {
 		case r.Failures == 1:
-			n.write(slog.LevelInfo, "destination fails", slog.String("destination", string(r.Name)), slog.String("failure", r.LastFailure.String()), slog.String("detail", r.Detail))
+			n.write(slog.LevelInfo, "destination fails", slog.String("destination", string(r.Name)), slog.String("why", r.Cause()))
 		case r.Failures == 0 && r.LastTry != 0 && r.LastSuccess.Sub(r.LastTry) < time.Minute:
 			n.write(slog.LevelInfo, "destination is back", slog.String("destination", string(r.Name)))
 		}
