@@ -326,6 +326,36 @@ func TestCallerThatGoesCancelsOnlyWhatMayBeCancelled(t *testing.T) {
 	r.one("a request that was answered meanwhile", len(r.last) == 0)
 }
 
+// Hosts that accept a connection and say nothing must not keep live ones from
+// being tried, and get a second, longer chance themselves.
+func TestSlowConnectsMakeRoomForOthers(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.Workers, c.Unknown, c.Failing = 16, 8, 2 })
+	for i := range 20 {
+		r.profile(matrix.ServerName(fmt.Sprintf("h%d.test", i)), 1)
+	}
+	first := of[Send](r.all)
+	r.pass(patience)
+	cancelled := of[Cancel](r.all)
+	r.one("those that hang make room", len(cancelled) == len(first))
+	r.step(Done{Op: cancelled[0].Op, Failure: matrix.FailCancelled})
+	sends := of[Send](r.last)
+	r.one("for one that waits, and are tried again among the failing ones", len(sends) == 2)
+	if refused := of[Refuse](r.all); len(refused) != 0 {
+		t.Errorf("refused: %+v", refused)
+	}
+	again := sends[0]
+	if again.Req != first[0].Req {
+		again = sends[1]
+	}
+	r.pass(patience)
+	for _, c := range of[Cancel](r.all)[len(first):] {
+		r.one("the second chance is not cut short", c.Op != again.Op)
+	}
+	r.step(Connected{again.Op})
+	r.answer(again.Op, 200)
+	r.one("it was only slow", len(of[Reply](r.all)) == 1)
+}
+
 // A join finds a worker while slow lookups and presence hold all they may.
 func TestJoinGoesFirst(t *testing.T) {
 	r := newRig(t, func(c *Config) { c.Workers, c.Unknown, c.Failing = 16, 16, 1 })

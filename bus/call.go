@@ -47,6 +47,8 @@ type call struct {
 	lane      laneID
 	connected bool // over a new connection, or one that was open
 	cancelled bool
+	retry     bool // cancelled only to be tried again at leisure
+	timer     *sched.Timer[timer]
 	again     bool // put back into the queue when the attempt is over
 }
 
@@ -169,7 +171,7 @@ func failureText(f matrix.Failure, status int) string {
 	case matrix.FailBlocked:
 		return "its address is on the block-list"
 	case matrix.FailCancelled:
-		return "given up"
+		return "not reached in time"
 	}
 	return "fault of the bus itself"
 }
@@ -306,6 +308,22 @@ func (m *Machine) abandon(c *call) {
 	}
 }
 
+// suspect looks at an attempt at an unknown host that has not connected yet.
+// As long as others wait for such a worker, it goes back into the queue and
+// its host among the failing ones, whose few workers are for finding out.
+func (m *Machine) suspect(c *call) {
+	if c.connected || c.cancelled || c.lane != laneUnknown {
+		return
+	}
+	if !m.contended(laneUnknown) {
+		c.timer = m.timers.Set(m.now.Add(patience/4), timer{call: c})
+		return
+	}
+	m.stats.Suspects++
+	c.cancelled, c.retry = true, true
+	m.emit(Cancel{c.op})
+}
+
 func (m *Machine) cancel(c *call) {
 	if c.cancelled {
 		return
@@ -335,7 +353,7 @@ func (m *Machine) connected(c *call) {
 	m.stats.Connects++
 	c.connected = true
 	h := c.host
-	h.reachable = true
+	h.reachable, h.suspect = true, false
 	h.NextTry = 0
 	m.promote(c)
 	m.ready(h)
@@ -407,7 +425,10 @@ func (m *Machine) done(c *call, ev Done) {
 	m.release(c)
 	h.inUse--
 	h.running[c.class]--
-	op := c.op
+	m.timers.Stop(c.timer)
+	c.timer = nil
+	op, retry := c.op, c.retry && ev.Failure == matrix.FailCancelled && !(c.connected && c.endpoint.Once)
+	c.retry = false
 
 	switch {
 	case c.phase == phaseAnswered:
@@ -417,8 +438,9 @@ func (m *Machine) done(c *call, ev Done) {
 		}
 		m.emit(Discard{op})
 		m.end(c)
-	case c.again && m.canWait(c, m.now):
-		c.again = false
+	case (c.again || retry) && m.canWait(c, m.now):
+		h.suspect = retry && !h.reachable
+		c.again, c.cancelled = false, false
 		m.emit(Discard{op})
 		c.phase = phaseWaiting
 		h.queue[c.class].PushFront(c)
@@ -462,7 +484,7 @@ func (m *Machine) doneUnanswered(c *call, ev Done) {
 		m.failed(h, f, ev.Detail, m.now)
 	}
 	status := 502
-	if f == matrix.FailTimeout {
+	if f == matrix.FailTimeout || f == matrix.FailCancelled {
 		status = 504
 	}
 	text := fmt.Sprintf("fsbus: %s: %s", h.Name, failureText(f, 0))

@@ -79,7 +79,7 @@ func (m *Machine) Check() error {
 		}
 	}
 	for _, c := range m.calls {
-		if c.phase == phaseEnded || c.cancelled {
+		if c.phase == phaseEnded || c.cancelled && !c.retry {
 			return fmt.Errorf("a call to %s in phase %d (cancelled: %t) may still be joined", c.host.Name, c.phase, c.cancelled)
 		}
 	}

@@ -51,12 +51,12 @@ func Default() Config {
 	return Config{
 		Workers:         128,
 		Unknown:         96,
-		Failing:         16,
+		Failing:         24,
 		HostConcurrency: 4,
 		HostRate:        10,
 		HostBurst:       10,
 		MaxRequests:     5000,
-		MaxHosts:        10000,
+		MaxHosts:        8000,
 		CacheEntries:    2000,
 		CacheBytes:      2 * sched.MiB,
 	}
@@ -124,6 +124,11 @@ const (
 	// probeAgain is how long after the last attempt a request of class join
 	// may try a host that is backing off: a person is waiting for it.
 	probeAgain = 30 * time.Second
+
+	// patience is how long an attempt at an unknown host may take to connect
+	// while others wait for its worker. A host that needs longer is tried
+	// again at leisure, among the failing ones.
+	patience = 3500 * time.Millisecond
 
 	// keepSuccess is how old the stored success of a host may be before it is
 	// stored again. It keeps writes to an SD card few.

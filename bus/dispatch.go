@@ -129,6 +129,16 @@ func (m *Machine) candidate(class matrix.Class) *call {
 	return nil
 }
 
+// contended reports whether calls wait because others hold a lane's workers.
+func (m *Machine) contended(l laneID) bool {
+	for class := matrix.Class(1); class <= matrix.NumClasses; class++ {
+		if m.peek(l, class) != nil {
+			return true // dispatch leaves none that could be started
+		}
+	}
+	return false
+}
+
 // dispatch starts calls while workers are free and calls may run.
 func (m *Machine) dispatch() {
 	for m.workers.Free() > 0 {
@@ -209,9 +219,12 @@ func (m *Machine) start(c *call) {
 	c.phase = phaseRunning
 	c.started = m.now
 	c.connected = h.reachable
+	if c.lane == laneUnknown {
+		c.timer = m.timers.Set(m.now.Add(patience), timer{call: c})
+	}
 	m.ops[c.op] = c
 	m.stats.Attempts++
-	m.emit(Send{Op: c.op, Req: c.leader, Dest: h.Name})
+	m.emit(Send{Op: c.op, Req: c.leader, Dest: h.Name, Class: c.class})
 }
 
 func (m *Machine) hold(c *call) {

@@ -10,9 +10,10 @@ type Effect interface{ effect() }
 // Send starts an attempt: the request held under Req goes to Dest. It is
 // answered by Done, after at most one Connected and one Answered.
 type Send struct {
-	Op   OpID
-	Req  ReqID
-	Dest matrix.ServerName
+	Op    OpID
+	Req   ReqID
+	Dest  matrix.ServerName
+	Class matrix.Class // who goes first where attempts must wait for each other
 }
 
 // Cancel ends an attempt early. Its Done still comes.

@@ -17,7 +17,7 @@ type laneID uint8
 const (
 	laneProven  laneID = iota // answered within the last day
 	laneUnknown               // not yet
-	laneFailing               // the last attempt failed
+	laneFailing               // the last attempt failed, or takes suspiciously long
 	numLanes
 )
 
@@ -30,6 +30,7 @@ type host struct {
 	pausedUntil sched.Time // the remote asked for it (429)
 	soft        int32      // gateway errors and unanswered requests in a row
 	reachable   bool       // a handshake succeeded since the last failure
+	suspect     bool       // the last attempt took too long to connect
 
 	queue   [matrix.NumClasses + 1]sched.FIFO[*call] // may hold dropped calls
 	waiting [matrix.NumClasses + 1]int32             // live ones in queue
@@ -115,7 +116,7 @@ func (h *host) allWaiting() (n int32) {
 // lane returns which workers the host's next attempt uses.
 func (h *host) lane(now sched.Time) laneID {
 	switch {
-	case h.Failures > 0 && !h.reachable:
+	case h.suspect, h.Failures > 0 && !h.reachable:
 		return laneFailing
 	case h.reachable || h.LastSuccess != 0 && now.Sub(h.LastSuccess) < provenFor:
 		return laneProven
@@ -163,7 +164,7 @@ func (h *host) mayRun(c matrix.Class, cfg Config, now sched.Time) (ok bool, agai
 func (m *Machine) succeeded(h *host, status int) {
 	h.LastStatus = status
 	h.soft = 0
-	h.reachable = true
+	h.reachable, h.suspect = true, false
 	failed := h.Failures > 0
 	h.Failures, h.FirstFailure, h.NextTry = 0, 0, 0
 	old := h.LastSuccess
@@ -185,7 +186,7 @@ func (m *Machine) softFailed(h *host, f matrix.Failure, status int, detail strin
 
 // failed notes an attempt, started at the moment tried, that failed.
 func (m *Machine) failed(h *host, f matrix.Failure, detail string, tried sched.Time) {
-	h.reachable = false
+	h.reachable, h.suspect = false, false
 	h.soft = 0
 	if h.Failures == 0 {
 		h.FirstFailure = m.now

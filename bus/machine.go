@@ -42,10 +42,11 @@ type Machine struct {
 	stats Stats
 }
 
-// timer is what a moment is awaited for: one of the two.
+// timer is what a moment is awaited for: one of the three.
 type timer struct {
-	req  *request
-	host *host
+	req  *request // its caller is about to give up
+	host *host    // it may be sent to
+	call *call    // it should have connected by now
 }
 
 // commit is a batch that is being written: for an attempt that may start once
@@ -153,6 +154,9 @@ func (m *Machine) due() {
 		case t.host != nil:
 			t.host.timer = nil
 			m.ready(t.host)
+		case t.call != nil:
+			t.call.timer = nil
+			m.suspect(t.call)
 		}
 	}
 }

@@ -26,6 +26,7 @@ type Stats struct {
 	Limited        int64                        // answers with status 429
 	Failures       [matrix.NumFailures]int64    // ends of attempts
 	BytesIn        int64                        // bodies of answers
+	Suspects       int64                        // attempts put off since they did not connect
 	Aged           int64                        // calls that rode on a better class's turn
 	HostsForgotten int64                        // to make room for others
 	CommitsFailed  int64

@@ -32,8 +32,7 @@ type ClientConfig struct {
 	// MaxDNS is DNSConfig.MaxConcurrent of the default Lookup.
 	MaxDNS int
 
-	// HandshakesPerSecond paces TLS handshakes; up to one second's worth may
-	// come at once. A full handshake costs 1 to 3 ms of a fast core, so the
+	// HandshakesPerSecond paces TLS handshakes, by Request.Priority. A full handshake costs 1 to 3 ms of a fast core, so the
 	// default of 20 is 5 % of one, and about half of a Raspberry Pi's.
 	// Negative: no limit.
 	HandshakesPerSecond float64
@@ -182,6 +181,9 @@ type Request struct {
 	GetBody func() (io.ReadCloser, error)
 	// Once is for a request that must never reach the remote twice.
 	Once bool
+	// Priority says who gets the next handshake when many wait: lower goes
+	// first, 0 to 15.
+	Priority int
 }
 
 // Do sends r and returns the answer when its header is there, whatever its
@@ -202,6 +204,7 @@ type Request struct {
 func (c *Client) Do(ctx context.Context, r *Request, connected func()) (*http.Response, error) {
 	body := &requestBody{reader: r.Body, size: r.Size}
 	defer func() { _ = body.Close() }() // harmless once an answer owns the body in use
+	ctx = withPriority(ctx, r.Priority)
 	req, err := prepare(r)
 	if err != nil {
 		return nil, &Error{Failure: matrix.FailLocal, Op: OpPrepare, Unsent: true, Err: err}
@@ -284,15 +287,16 @@ func (c *Client) send(ctx context.Context, conn *poolConn, req *http.Request, bo
 		if bodyErr := body.failure(); bodyErr != nil {
 			e = &Error{Failure: matrix.FailLocal, Op: OpPrepare, Err: bodyErr}
 		}
-		// An HTTP/2 connection outlives a request that we gave up. Otherwise it
-		// is suspect: a remote that went away leaves it looking sound.
-		c.pool.put(conn, conn.http2 && (e.Failure == matrix.FailCancelled || e.Failure == matrix.FailLocal))
+		// An HTTP/2 connection outlives a request that was our own fault. One
+		// on which no answer came is suspect: a remote that went away leaves it
+		// looking sound.
+		c.pool.put(conn, conn.http2 && e.Failure == matrix.FailLocal)
 		again = !answered.Load() && ctx.Err() == nil && e.Failure != matrix.FailLocal
 		return nil, again, e
 	}
-	resp.Body = newAnswerBody(ctx, sendCtx, cancel, resp.Body, c.bodyTimeout, func(complete bool, err error) {
+	resp.Body = newAnswerBody(ctx, sendCtx, cancel, resp.Body, c.bodyTimeout, func(err error) {
 		_ = body.Close()
-		c.pool.put(conn, err == nil && (complete || conn.http2))
+		c.pool.put(conn, err == nil)
 	})
 	return resp, false, nil
 }
@@ -317,8 +321,8 @@ func requestError(ctx context.Context, err error, answered bool) *Error {
 
 // prepare makes an http.Request of r, without Host, context and body.
 func prepare(r *Request) (*http.Request, error) {
-	if r.Method == "CONNECT" {
-		return nil, errors.New("method CONNECT")
+	if !isToken(r.Method) || r.Method == "CONNECT" {
+		return nil, fmt.Errorf("method %q", r.Method)
 	}
 	if r.Size != 0 && r.Body == nil {
 		return nil, fmt.Errorf("no body, but size %d", r.Size)
@@ -330,10 +334,33 @@ func prepare(r *Request) (*http.Request, error) {
 	header := endToEnd(r.Header)
 	delete(header, "Expect")
 	delete(header, "Host")
+	for name, values := range header {
+		if !isToken(name) {
+			return nil, fmt.Errorf("header name %q", name)
+		}
+		for _, v := range values {
+			if strings.ContainsFunc(v, func(c rune) bool { return c < ' ' && c != '\t' || c == 0x7f }) {
+				return nil, fmt.Errorf("value of header %s", name) // which may be a secret
+			}
+		}
+	}
 	if len(header["User-Agent"]) == 0 {
 		header["User-Agent"] = nil // keeps net/http from sending its own
 	}
 	return &http.Request{Method: r.Method, URL: u, Header: header, ContentLength: r.Size}, nil
+}
+
+// isToken reports whether s is a token (RFC 9110 section 5.6.2), as methods and
+// header names are.
+func isToken(s string) bool {
+	const marks = "!#$%&'*+-.^_`|~"
+	for i := range len(s) {
+		c := s[i]
+		if (c < '0' || c > '9') && (c|0x20 < 'a' || c|0x20 > 'z') && strings.IndexByte(marks, c) < 0 {
+			return false
+		}
+	}
+	return s != ""
 }
 
 // requestURL returns a URL that net/http sends as target, to the byte, over

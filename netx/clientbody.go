@@ -82,13 +82,13 @@ type answerBody struct {
 	err     error // of Read, for ever after
 
 	once sync.Once
-	done func(complete bool, err error)
+	done func(err error)
 }
 
-// newAnswerBody wraps body. done is called once, when the body has been read to
-// its end, has failed, or has been closed.
+// newAnswerBody wraps body. done is called once: when the body has been read to
+// its end or has been closed, or with the error when it has failed.
 func newAnswerBody(caller, ctx context.Context, cancel context.CancelCauseFunc, body io.ReadCloser,
-	timeout time.Duration, done func(complete bool, err error)) *answerBody {
+	timeout time.Duration, done func(err error)) *answerBody {
 	b := &answerBody{caller: caller, ctx: ctx, cancel: cancel, body: body, timeout: timeout, done: done}
 	b.stall = time.AfterFunc(timeout, func() { cancel(errStalled) })
 	b.stall.Stop()
@@ -105,12 +105,15 @@ func (b *answerBody) Read(p []byte) (int, error) {
 	switch {
 	case err == nil:
 		return n, nil
-	case err == io.EOF:
+	case err == io.EOF && b.ctx.Err() == nil:
 		b.err = io.EOF
-		b.finish(true, nil)
+		b.finish(nil)
 	default:
+		// Also at an orderly end that came after we gave up: TLS tells the
+		// remote that we close, upon which it may end an answer that it had not
+		// finished.
 		b.err = b.failed(err)
-		b.finish(false, b.err)
+		b.finish(b.err)
 	}
 	return n, b.err
 }
@@ -119,6 +122,9 @@ func (b *answerBody) Read(p []byte) (int, error) {
 // is FailCut as well: something did come back.
 func (b *answerBody) failed(err error) *Error {
 	f := matrix.FailCut
+	if err == io.EOF {
+		err = b.ctx.Err()
+	}
 	switch {
 	case context.Cause(b.ctx) == errStalled:
 		err = fmt.Errorf("%w: no byte for %v", errStalled, b.timeout)
@@ -131,11 +137,11 @@ func (b *answerBody) failed(err error) *Error {
 // Close gives the answer up, or ends it, and never fails.
 func (b *answerBody) Close() error {
 	_ = b.body.Close()
-	b.finish(false, nil)
+	b.finish(nil)
 	b.cancel(nil)
 	return nil
 }
 
-func (b *answerBody) finish(complete bool, err error) {
-	b.once.Do(func() { b.done(complete, err) })
+func (b *answerBody) finish(err error) {
+	b.once.Do(func() { b.done(err) })
 }

@@ -42,7 +42,7 @@ type dialer struct {
 	static   *Static
 	block    *Blocklist
 	random   *lockedRand
-	shakes   handshakes
+	shakes   *handshakes
 	tls      *tls.Config // without ServerName and NextProtos
 	connect  time.Duration
 	shake    time.Duration

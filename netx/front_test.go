@@ -91,8 +91,11 @@ func newFrontTest(t testing.TB, change func(*FrontConfig)) *frontTest {
 	ft.linger = 20 * time.Millisecond
 	t.Cleanup(func() {
 		ft.Close()
-		eventually(t, "all connections closed", func() bool { return ft.Stats().Open == 0 })
-		if s := ft.Stats(); s.Reading != 0 || s.Parked != 0 {
+		eventually(t, "all connections closed and handed over", func() bool {
+			s := ft.Stats()
+			return s.Open == 0 && s.Reading == 0
+		})
+		if s := ft.Stats(); s.Parked != 0 {
 			t.Errorf("left over: %+v", s)
 		}
 		if s := ft.spool.Stats(); s.Memory != 0 || s.Disk != 0 || s.Files != 0 {

@@ -289,7 +289,7 @@ func NewStatic(entries map[string]string) (*Static, error) {
 }
 
 func (s *Static) add(key, value string) error {
-	name, err := matrix.ParseServerName(key)
+	name, err := matrix.ParseServerName(strings.ToLower(key))
 	if err != nil {
 		return err
 	}

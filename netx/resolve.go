@@ -51,13 +51,15 @@ type delegator interface {
 // that section's numbering). It asks in the section's order, and nothing that
 // the answer does not depend on. A name that cannot be resolved for now is an
 // error, since another step might lead to another server than the right one.
+//
+// Hosts are looked up in lower case, so that caches and static addresses meet
+// one spelling; the Host header keeps the spelling of the name.
 func discover(ctx context.Context, name matrix.ServerName, wellKnown delegator, dns Lookup) (*Route, error) {
 	// Steps 1 and 2.
 	if r := explicit(name, "1", "2"); r != nil {
 		return r, nil
 	}
-	host := string(name)
-	delegated, err := wellKnown.delegation(ctx, host)
+	delegated, err := wellKnown.delegation(ctx, strings.ToLower(string(name)))
 	if err != nil {
 		return nil, err
 	}
@@ -66,15 +68,16 @@ func discover(ctx context.Context, name matrix.ServerName, wellKnown delegator, 
 		if r := explicit(delegated, "3.1", "3.2"); r != nil {
 			return r, nil
 		}
-		return byService(ctx, string(delegated), dns, "3.3", "3.4", "3.5")
+		return byService(ctx, delegated, dns, "3.3", "3.4", "3.5")
 	}
-	return byService(ctx, host, dns, "4", "5", "6")
+	return byService(ctx, name, dns, "4", "5", "6")
 }
 
 // explicit returns the route for a name with an IP literal (in step ip) or a
 // port (in step port), nil for any other.
 func explicit(name matrix.ServerName, ip, port string) *Route {
 	host, p, hasPort := name.Split()
+	host = strings.ToLower(host)
 	step := port
 	switch _, isIP := name.IP(); {
 	case isIP:
@@ -88,11 +91,12 @@ func explicit(name matrix.ServerName, ip, port string) *Route {
 	return &Route{TLSName: host, HostHeader: string(name), Targets: []Target{{Host: host, Port: uint16(p)}}, Step: step}
 }
 
-// byService returns the route for a host that is neither an IP literal nor has
+// byService returns the route for a name that is neither an IP literal nor has
 // a port, in one of three steps: the SRV record, its deprecated name, neither.
 // A record changes where to connect and nothing else.
-func byService(ctx context.Context, host string, dns Lookup, fed, legacy, direct string) (*Route, error) {
-	r := &Route{TLSName: host, HostHeader: host}
+func byService(ctx context.Context, name matrix.ServerName, dns Lookup, fed, legacy, direct string) (*Route, error) {
+	host := strings.ToLower(string(name))
+	r := &Route{TLSName: host, HostHeader: string(name)}
 	for _, service := range []struct{ name, step string }{{"matrix-fed", fed}, {"matrix", legacy}} {
 		srvs, err := dns.SRV(ctx, service.name, "tcp", host)
 		if err != nil && !isNotFound(err) {

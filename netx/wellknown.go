@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -205,7 +206,7 @@ func (f *wellKnownFetcher) fetch(ctx context.Context, host string) (document, er
 
 // get makes one request: its outcome is next, if that is a redirect.
 func (f *wellKnownFetcher) get(ctx context.Context, u *url.URL) (doc document, next *url.URL, err error) {
-	name, err := matrix.ParseServerName(u.Host)
+	name, err := matrix.ParseServerName(strings.ToLower(u.Host))
 	if err != nil {
 		return doc, nil, fmt.Errorf("%w: redirect: %w", errNoDocument, err)
 	}

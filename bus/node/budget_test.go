@@ -18,16 +18,16 @@ func TestBudgetTable(t *testing.T) {
   requests that wait           5000   2.5 KiB  12.2 MiB   front.max_connections
   requests being read            64  50.0 KiB   3.1 MiB   front.max_reading
   requests to other servers     128  88.0 KiB  11.0 MiB   outbound.workers
-  idle connections               64  40.0 KiB   2.5 MiB   outbound.idle_connections
-  servers remembered          10000     768 B   7.3 MiB   outbound.max_hosts
+  idle connections               96  40.0 KiB   3.8 MiB   outbound.idle_connections
+  servers remembered           8000     768 B   5.9 MiB   outbound.max_hosts
   names and addresses             1   4.6 MiB   4.6 MiB
   TLS sessions                 1000   1.0 KiB   1.0 MiB
   bodies on their way             1   4.0 MiB   4.0 MiB   outbound.spool_memory
   answers kept                    1   2.0 MiB   2.0 MiB   outbound.cache
-  sum                                          63.7 MiB   of memory_limit, 64.0 MiB
-goroutines                     1216
-connections to servers          320
-file descriptors               5656
+  sum                                          63.5 MiB   of memory_limit, 64.0 MiB
+goroutines                     1280
+connections to servers          352
+file descriptors               5688
 `
 	c := DefaultConfig()
 	var b bytes.Buffer

@@ -18,6 +18,7 @@ import (
 // earlier.
 type attempt struct {
 	op     bus.OpID
+	class  matrix.Class
 	in     *netx.Inbound // only what does not change once it is parked
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -70,7 +71,7 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 	ep := matrix.Match(a.in.Method, a.in.Target)
 	req := &netx.Request{
 		Destination: a.in.Destination, Method: a.in.Method, Target: a.in.Target, Header: a.in.Header,
-		Size: a.in.Size, Once: ep.Once,
+		Size: a.in.Size, Once: ep.Once, Priority: int(a.class),
 	}
 	if b := a.in.Body; b != nil {
 		req.Body = b.Reader() // closed by Do

@@ -104,7 +104,7 @@ type OutboundConfig struct {
 	// not answered yet. Default 96. After a start all servers are such.
 	UnknownHosts int `toml:"unknown_hosts" range:"1..2048" reload:"yes"`
 	// FailingHosts is how many of the workers may wait for servers whose last
-	// attempt failed. Default 16.
+	// attempt failed. Default 24.
 	FailingHosts int `toml:"failing_hosts" range:"1..2048" reload:"yes"`
 	// HostConcurrency is how many requests to one server run at a time.
 	// Default 4. A Synapse works on 3 of one origin at a time.
@@ -116,28 +116,28 @@ type OutboundConfig struct {
 	// HostRate holds. Default 10.
 	HostBurst int `toml:"host_burst" range:"1..1000" reload:"yes"`
 	// MaxHosts is how many servers are remembered, more than
-	// Front.MaxConnections and Workers together. Default 10000. Each costs
+	// Front.MaxConnections and Workers together. Default 8000. Each costs
 	// 768 bytes.
 	MaxHosts int `toml:"max_hosts" range:"100..1000000"`
 	// ConnectTimeout bounds connecting to one address of a server. Default 5 s.
 	// A worker is busy for as long with a server that is gone, at most 30 s
 	// with all of its addresses.
 	ConnectTimeout Duration `toml:"connect_timeout" range:"100ms..1m"`
-	// TLSTimeout bounds the TLS handshake. Default 8 s. A worker is busy for
+	// TLSTimeout bounds the TLS handshake. Default 6 s. A worker is busy for
 	// as long.
 	TLSTimeout Duration `toml:"tls_timeout" range:"100ms..1m"`
 	// BodyTimeout is how long a server may pause inside an answer. Default
 	// 60 s. A worker is busy for as long.
 	BodyTimeout Duration `toml:"body_timeout" range:"1s..10m"`
 	// HandshakesPerSecond paces TLS handshakes, all servers together. Default
-	// 50. Each costs 1 to 3 ms of a fast core, and ten times that of a small
+	// 100. Each costs 1 to 3 ms of a fast core, and several times that of a small
 	// board's.
 	HandshakesPerSecond float64 `toml:"handshakes_per_second" range:"1.0..10000.0"`
 	// DNSQueries is how many DNS queries run at a time. Default 16. Each costs
 	// a file descriptor.
 	DNSQueries int `toml:"dns_queries" range:"1..256"`
 	// IdleConnections is how many connections to other servers stay open for
-	// the next request, which then needs no handshake. Default 64. Each costs
+	// the next request, which then needs no handshake. Default 96. Each costs
 	// 40 KiB, two goroutines and a file descriptor.
 	IdleConnections int `toml:"idle_connections" range:"1..4096"`
 	// IdleTimeout is how long such a connection stays open. Default 55 s, since
@@ -211,11 +211,11 @@ func DefaultConfig() Config {
 			HostBurst:           int(core.HostBurst),
 			MaxHosts:            int(core.MaxHosts),
 			ConnectTimeout:      Duration(5 * time.Second),
-			TLSTimeout:          Duration(8 * time.Second),
+			TLSTimeout:          Duration(6 * time.Second),
 			BodyTimeout:         Duration(60 * time.Second),
-			HandshakesPerSecond: 50,
+			HandshakesPerSecond: 100,
 			DNSQueries:          16,
-			IdleConnections:     64,
+			IdleConnections:     96,
 			IdleTimeout:         Duration(55 * time.Second),
 			Cache:               core.CacheBytes,
 			CacheEntries:        int(core.CacheEntries),

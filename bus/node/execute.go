@@ -68,7 +68,7 @@ func (n *Node) forget(id bus.ReqID, h *held) {
 }
 
 func (n *Node) send(e bus.Send) {
-	a := &attempt{op: e.Op, in: n.requests[e.Req].in, body: n.spool.New()}
+	a := &attempt{op: e.Op, class: e.Class, in: n.requests[e.Req].in, body: n.spool.New()}
 	if a.in.Body != nil {
 		a.in.Body.Retain() // the caller may be answered while the attempt runs
 	}

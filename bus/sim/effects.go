@@ -109,13 +109,10 @@ func (w *World) send(e bus.Send) {
 	if w.atts[e.Op] != nil || r == nil || r.freed || r.Dest != e.Dest {
 		w.failf("Send of attempt %d for request %d", e.Op, e.Req)
 	}
-	if r.Endpoint.Once {
-		if w.onceSent[e.Req] {
-			w.failf("request %d (%s) is sent twice", e.Req, r.Endpoint.Name)
-		}
-		w.onceSent[e.Req] = true
-	}
 	h := w.byName[e.Dest]
+	if h.connected {
+		w.reached(r)
+	}
 	a := &attempt{id: e.Op, req: r, host: h}
 	w.atts[e.Op] = a
 	w.Counts["send"]++
@@ -155,6 +152,7 @@ func (w *World) send(e bus.Send) {
 		w.at(connect, func() {
 			if !a.done {
 				h.connected, h.failures = true, 0
+				w.reached(r)
 				w.step(bus.Connected{Op: a.id})
 			}
 		})
@@ -192,6 +190,14 @@ func (w *World) send(e bus.Send) {
 		}
 		w.finish(a, matrix.FailNone)
 	})
+}
+
+// reached notes that a remote has seen a request.
+func (w *World) reached(r *request) {
+	if r.Endpoint.Once && w.onceSent[r.Req] {
+		w.failf("request %d (%s) reaches the remote twice", r.Req, r.Endpoint.Name)
+	}
+	w.onceSent[r.Req] = true
 }
 
 // limits checks what the host may be asked for.
