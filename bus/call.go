@@ -139,7 +139,7 @@ func (r *HostRecord) Cause() string {
 func (h *host) why(now sched.Time) string {
 	s := fmt.Sprintf("fsbus: %s: %s", h.Name, h.Cause())
 	if h.Failures > 0 && h.NextTry > now {
-		s += fmt.Sprintf("; failed %d times in a row, next try in %s", h.Failures, round(h.NextTry.Sub(now)))
+		s += fmt.Sprintf("; failures in a row: %d, next try in %s", h.Failures, round(h.NextTry.Sub(now)))
 	}
 	return s
 }

@@ -126,10 +126,10 @@ func (m *Machine) Snapshot(now sched.Time, worst int) Snapshot {
 		st := HostStatus{HostRecord: h.HostRecord, Rank: h.lane(now).String(), Waiting: h.allWaiting(), Running: h.inUse}
 		switch {
 		case h.Failures > 0:
-			st.Why = h.why(now)
+			st.Why = h.Cause()
 		case h.pausedUntil > now:
 			st.Paused = h.pausedUntil
-			st.Why = "fsbus: it limits our rate"
+			st.Why = "limits our rate (429)"
 		}
 		s.Worst = append(s.Worst, st)
 	}

@@ -19,10 +19,11 @@ body{font:15px/1.4 system-ui,sans-serif;margin:1em auto;max-width:60em;padding:0
 h1{font-size:1.3em;margin:.2em 0}h2{font-size:1em;margin:1.4em 0 .3em}
 table{border-collapse:collapse;width:100%}th,td{text-align:right;padding:.2em .5em;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;color:var(--dim)}th:first-child,td:first-child{text-align:left}
-td.t{text-align:left;white-space:normal;overflow-wrap:anywhere}.s{overflow-x:auto}.dim{color:var(--dim)}
+td:first-child{white-space:normal;overflow-wrap:anywhere}tr.h td{border-bottom:0}.s{overflow-x:auto}.dim{color:var(--dim)}
 .ok,.no{display:inline-block;padding:.1em .6em;border-radius:1em;color:#fff;background:var(--good)}.no{background:var(--bad)}
 .bar{display:inline-block;width:5em;height:.6em;background:var(--line);border-radius:.3em;overflow:hidden;vertical-align:middle}
 .bar i{display:block;height:100%;background:var(--good)}.bar i.hot{background:var(--bad)}
+@media(max-width:34em){body{font-size:12px;padding:0 .3em}th,td{padding:.2em .25em}.bar{width:2em}}
 </style></head><body>
 `
 
@@ -57,14 +58,11 @@ func writePage(w io.Writer, r *Report) error {
 	p.end()
 
 	if len(r.Hosts.Worst) > 0 {
-		p.table("Worst off", "destination", "waiting", "failures", "next try", "why")
+		p.table("Worst off", "destination", "waiting", "failures", "next try")
 		for _, h := range r.Hosts.Worst {
-			next := "now"
-			if h.NextTryIn > 0 {
-				next = "in " + secs(h.NextTryIn)
-			}
-			p.row(h.Name, h.Waiting, h.Failures, next)
-			p.f(`<td class="t">%s</td>`, esc(h.LastError))
+			p.WriteString(`<tr class="h">`)
+			p.cells(h.Name, h.Waiting, h.Failures, h.nextTry())
+			p.f(`<tr><td colspan="4" class="dim">%s</td>`, esc(h.LastError))
 		}
 		p.end()
 	}
@@ -113,9 +111,22 @@ func (p page) table(title string, heads ...string) {
 // row begins a row; the HTML parser ends it where the next one begins.
 func (p page) row(cells ...any) {
 	p.WriteString("<tr>")
+	p.cells(cells...)
+}
+
+func (p page) cells(cells ...any) {
 	for _, c := range cells {
 		p.f(`<td>%s</td>`, esc(fmt.Sprint(c)))
 	}
+}
+
+// nextTry says when a destination is tried again. One whose time has come is
+// tried when the homeserver next asks for it.
+func (h *HostReport) nextTry() string {
+	if h.NextTryIn > 0 {
+		return "in " + secs(h.NextTryIn)
+	}
+	return "when asked"
 }
 
 func (p page) bar(used, allowed int64) {

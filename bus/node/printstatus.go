@@ -78,11 +78,7 @@ func writeTable(w io.Writer, r *Report) error {
 	if len(r.Hosts.Worst) > 0 {
 		fmt.Fprintf(t, "\nWORST OFF\tWAITING\tFAILURES\tNEXT TRY\tWHY\n")
 		for _, h := range r.Hosts.Worst {
-			next := "now"
-			if h.NextTryIn > 0 {
-				next = "in " + secs(h.NextTryIn)
-			}
-			fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\n", h.Name, h.Waiting, h.Failures, next, h.LastError)
+			fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\n", h.Name, h.Waiting, h.Failures, h.nextTry(), h.LastError)
 		}
 	}
 	fmt.Fprintf(t, "\nREQUESTS\tSO FAR\n")
