@@ -9,6 +9,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	stdlog "log"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -132,6 +133,9 @@ func runCommand(fs *flag.FlagSet, args []string) int {
 	for _, w := range cfg.Warnings() {
 		log.Warn(w)
 	}
+	// What net/http says of remotes that break the protocol.
+	stdlog.SetFlags(0)
+	stdlog.SetOutput(slog.NewLogLogger(log.Handler(), slog.LevelDebug).Writer())
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	n, err := node.New(ctx, cfg, buildVersion(), log, &level)

@@ -1,17 +1,20 @@
 package netx
 
 import (
+	"bufio"
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
-	"strconv"
+	"runtime/debug"
 	"strings"
+	"sync"
 	"time"
 
 	"fsbus/bus/matrix"
@@ -43,6 +46,9 @@ var (
 	refuseSecret  = &refusal{http.StatusProxyAuthRequired, matrix.MUnauthorized, "Proxy-Authorization is missing or wrong"}
 	refuseTarget  = &refusal{http.StatusBadRequest, matrix.MInvalidParam, "The request target is malformed or has no valid server name"}
 	refuseVersion = &refusal{http.StatusHTTPVersionNotSupported, matrix.MUnknown, "HTTP/1.1 is needed"}
+	refuseHTTP    = &refusal{http.StatusBadRequest, matrix.MUnknown, "The request is not well-formed HTTP"}
+	refuseHead    = &refusal{http.StatusRequestHeaderFieldsTooLarge, matrix.MTooLarge, "The request line and header are too large"}
+	refuseExpect  = &refusal{http.StatusExpectationFailed, matrix.MUnknown, "Expect is not supported"}
 	refuseSize    = &refusal{http.StatusRequestEntityTooLarge, matrix.MTooLarge, "The request body is too large"}
 	refuseTime    = &refusal{http.StatusRequestTimeout, matrix.MUnknown, "The request body took too long"}
 	refuseChunks  = &refusal{http.StatusBadRequest, matrix.MUnknown, "The request body is malformed"}
@@ -50,22 +56,39 @@ var (
 	refuseDisk    = &refusal{http.StatusInternalServerError, matrix.MUnknown, "The request body could not be stored"}
 )
 
-// serve takes one request from net/http: checks it, reads its body and parks
-// it.
-func (f *Front) serve(w http.ResponseWriter, r *http.Request) {
-	now := time.Now()
-	// Also for a request that is refused, since net/http may read on.
-	rc := http.NewResponseController(w)
-	if err := rc.SetReadDeadline(now.Add(f.cfg.BodyTimeout)); err != nil {
-		panic(http.ErrAbortHandler) // the connection is broken
+// serve reads the one request of a connection, checks it and parks it. It
+// closes what it does not park.
+func (f *Front) serve(conn net.Conn) {
+	parked := false
+	defer func() {
+		if r := recover(); r != nil {
+			f.cfg.Logger.Error("a request could not be handed over", "panic", r, "stack", string(debug.Stack()))
+			if !parked { // else park has closed it
+				f.drop(conn)
+			}
+		}
+	}()
+	br := requestReaders.Get().(*requestReader)
+	defer br.release()
+	br.reset(conn, int64(f.cfg.MaxHeaderBytes))
+
+	// A deadline can only be refused by a connection that is broken, which the
+	// next read finds out.
+	_ = conn.SetReadDeadline(time.Now().Add(f.cfg.HeaderTimeout))
+	r, err := http.ReadRequest(br.buf)
+	in := &Inbound{front: f, conn: conn, pos: -1, Received: time.Now()}
+	if err != nil {
+		f.refuse(in, br.buf, br.headError(err))
+		return
 	}
-	in := &Inbound{front: f, pos: -1, Received: now, Method: r.Method}
-	err := f.check(in, r)
-	if err == nil {
-		err = f.readBody(in, w, r)
+	br.limit = math.MaxInt64
+	_ = conn.SetReadDeadline(in.Received.Add(f.cfg.BodyTimeout))
+	in.Method = r.Method
+	if err = f.check(in, r); err == nil {
+		err = f.readBody(in, r)
 	}
 	if err != nil {
-		f.refuse(w, r, err)
+		f.refuse(in, r.Body, err)
 		return
 	}
 	in.Header = make(http.Header, len(forwarded))
@@ -75,7 +98,56 @@ func (f *Front) serve(w http.ResponseWriter, r *http.Request) {
 			in.Header[k] = append([]string(nil), v...)
 		}
 	}
-	f.park(in, rc)
+	parked = true
+	f.park(in)
+}
+
+// requestReader reads a request's head, up to a limit, and then its body.
+type requestReader struct {
+	conn  net.Conn
+	limit int64 // bytes that may still be read
+	any   bool  // something was
+	buf   *bufio.Reader
+}
+
+var requestReaders = sync.Pool{New: func() any {
+	r := new(requestReader)
+	r.buf = bufio.NewReaderSize(r, 4<<10)
+	return r
+}}
+
+func (r *requestReader) reset(conn net.Conn, limit int64) {
+	r.conn, r.limit, r.any = conn, limit, false
+	r.buf.Reset(r)
+}
+
+func (r *requestReader) release() {
+	r.reset(nil, 0)
+	requestReaders.Put(r)
+}
+
+var errHeadTooLarge = errors.New("the request's head is too large")
+
+func (r *requestReader) Read(p []byte) (int, error) {
+	if r.limit <= 0 {
+		return 0, errHeadTooLarge
+	}
+	n, err := r.conn.Read(p[:min(int64(len(p)), r.limit)])
+	r.limit -= int64(n)
+	r.any = r.any || n > 0
+	return n, err
+}
+
+// headError sorts the errors of http.ReadRequest. A client that connects and
+// says nothing, or goes away, is not answered.
+func (r *requestReader) headError(err error) error {
+	switch _, network := errors.AsType[*net.OpError](err); {
+	case errors.Is(err, errHeadTooLarge):
+		return refuseHead
+	case !r.any, network, errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return errCut
+	}
+	return refuseHTTP
 }
 
 // check looks at everything but the body. r.URL is not used: parsing and
@@ -95,8 +167,11 @@ func (f *Front) check(in *Inbound, r *http.Request) error {
 	if err != nil {
 		return refuseTarget
 	}
-	if !r.ProtoAtLeast(1, 1) {
+	if r.ProtoMajor != 1 || r.ProtoMinor < 1 {
 		return refuseVersion
+	}
+	if e := r.Header.Get("Expect"); e != "" && !strings.EqualFold(e, "100-continue") {
+		return refuseExpect
 	}
 	return nil
 }
@@ -114,7 +189,7 @@ func (f *Front) authorized(values []string) bool {
 
 // readBody reads the body, if there is one, into the spool. After an error
 // nothing of it is left there.
-func (f *Front) readBody(in *Inbound, w http.ResponseWriter, r *http.Request) error {
+func (f *Front) readBody(in *Inbound, r *http.Request) error {
 	limit := f.cfg.MaxBody(in.Method, in.Target)
 	if r.ContentLength > limit {
 		return refuseSize
@@ -122,8 +197,13 @@ func (f *Front) readBody(in *Inbound, w http.ResponseWriter, r *http.Request) er
 	if r.ContentLength == 0 {
 		return nil
 	}
+	if r.Header.Get("Expect") != "" {
+		if _, err := io.WriteString(in.conn, "HTTP/1.1 100 Continue\r\n\r\n"); err != nil {
+			return errCut
+		}
+	}
 	body, sum := f.cfg.Spool.New(), sha256.New()
-	err := f.copyBody(body, sum, http.MaxBytesReader(w, r.Body, limit), in.Received.Add(f.cfg.BodyTimeout))
+	err := f.copyBody(body, sum, http.MaxBytesReader(nil, r.Body, limit), in.Received.Add(f.cfg.BodyTimeout))
 	body.CloseWrite(err)
 	if in.Size = body.Size(); err != nil || in.Size == 0 { // size 0: chunked, without a chunk
 		body.Release()
@@ -179,7 +259,7 @@ func (f *Front) store(body *Body, p []byte, deadline time.Time) error {
 // notStored logs why a body could not be stored, though not for every request,
 // and returns ref.
 func (f *Front) notStored(err error, ref *refusal) error {
-	f.spoolLog.Do(func() { f.cfg.Logger.Error("a request body could not be stored", "err", err) })
+	f.errorLog.Do(func() { f.cfg.Logger.Error("a request body could not be stored", "err", err) })
 	return ref
 }
 
@@ -197,9 +277,10 @@ func bodyError(err error) error {
 	return refuseChunks
 }
 
-// refuse answers a request that is not taken. net/http closes the connection
-// after it.
-func (f *Front) refuse(w http.ResponseWriter, r *http.Request, err error) {
+// refuse answers a request that is not taken, if anybody is there to listen,
+// and closes its connection. rest is what the client may still be sending.
+func (f *Front) refuse(in *Inbound, rest io.Reader, err error) {
+	defer f.drop(in.conn)
 	ref, ok := err.(*refusal)
 	f.mu.Lock()
 	if ok {
@@ -209,25 +290,34 @@ func (f *Front) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	f.mu.Unlock()
 	if !ok {
-		panic(http.ErrAbortHandler) // net/http's way to close without an answer
+		return
 	}
-	h := w.Header()
+	h := http.Header{"Content-Type": {"application/json"}}
+	own := "" // what a relayed answer may not have
 	switch ref {
 	case refuseConnect: // RFC 9110 15.5.6
 		h.Set("Allow", "GET, HEAD, POST, PUT, DELETE, OPTIONS")
 	case refuseSecret: // RFC 9110 11.7.1
-		h.Set("Proxy-Authenticate", "Bearer")
+		own = "Proxy-Authenticate: Bearer\r\n"
 	}
 	body := matrix.ErrorJSON(ref.errcode, ref.message)
-	h.Set("Content-Type", "application/json")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(ref.status)
-	_, _ = w.Write(body) // fails when nobody listens any more
-
+	if !bodyAllowed(in.Method, ref.status) {
+		body = nil
+	}
+	w := &answerWriter{conn: in.conn, stall: f.cfg.StallTimeout}
+	if w.send(answerHead(ref.status, h, own+framing(in.Method, ref.status, int64(len(body)))), body) != nil {
+		return // nobody listens any more
+	}
 	// A client that is still sending its body would get a reset instead of
 	// the answer (RFC 9112 9.6). So hear it out, within reason.
-	rc := http.NewResponseController(w)
-	if rc.Flush() == nil && rc.SetReadDeadline(time.Now().Add(f.linger)) == nil {
-		_, _ = io.CopyN(io.Discard, r.Body, lingerBytes)
+	if c, ok := in.conn.(interface{ CloseWrite() error }); ok && c.CloseWrite() == nil {
+		_ = in.conn.SetReadDeadline(time.Now().Add(f.linger))
+		_, _ = io.CopyN(io.Discard, rest, lingerBytes)
 	}
+}
+
+// drop closes a connection whose request is not parked.
+func (f *Front) drop(conn net.Conn) {
+	_ = conn.Close()
+	f.gate.leave(1, 1)
 }

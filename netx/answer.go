@@ -38,9 +38,12 @@ var hopHeaders = map[string]bool{
 
 // endToEnd returns a copy of what may be relayed of h.
 func endToEnd(h http.Header) http.Header {
-	listed := map[string]bool{}
+	var listed map[string]bool
 	for _, v := range h["Connection"] {
 		for name := range strings.SplitSeq(v, ",") {
+			if listed == nil {
+				listed = make(map[string]bool)
+			}
 			listed[textproto.CanonicalMIMEHeaderKey(strings.TrimSpace(name))] = true
 		}
 	}

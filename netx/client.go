@@ -32,9 +32,9 @@ type ClientConfig struct {
 	// MaxDNS is DNSConfig.MaxConcurrent of the default Lookup.
 	MaxDNS int
 
-	// HandshakesPerSecond paces TLS handshakes, by Request.Priority. A full handshake costs 1 to 3 ms of a fast core, so the
-	// default of 20 is 5 % of one, and about half of a Raspberry Pi's.
-	// Negative: no limit.
+	// HandshakesPerSecond paces TLS handshakes, by Request.Priority. A full
+	// handshake costs 1 to 3 ms of a fast core, so the default of 20 is 5 % of
+	// one, and about half of a Raspberry Pi's. Negative: no limit.
 	HandshakesPerSecond float64
 	// MaxIdle and MaxIdlePerHost are how many connections are kept for further
 	// requests, in all and for one server. A kept connection costs 30 to 50 KB
@@ -371,15 +371,8 @@ func isToken(s string) bool {
 // if it holds a byte that net/url would escape there. No path of Matrix begins
 // like this.
 func requestURL(target string) (*url.URL, error) {
-	if target == "" || target[0] != '/' {
-		return nil, errors.New("the request target does not begin with a slash")
-	}
-	for i := range len(target) {
-		// A blank or a line feed would end the target, and what follows would
-		// be taken for the rest of the request's head.
-		if c := target[i]; c <= ' ' || c == 0x7f {
-			return nil, fmt.Errorf("byte %#02x in the request target", c)
-		}
+	if err := checkTarget(target); err != nil {
+		return nil, err
 	}
 	if len(target) < 2 || target[1] != '/' {
 		return &url.URL{Scheme: "https", Opaque: target}, nil
@@ -394,6 +387,20 @@ func requestURL(target string) (*url.URL, error) {
 		return nil, errors.New("a byte that must be escaped in a request target that begins with two slashes")
 	}
 	return u, nil
+}
+
+// checkTarget refuses what is no path, and the bytes that would end a request
+// target: what follows would be taken for the rest of the request's head.
+func checkTarget(target string) error {
+	if target == "" || target[0] != '/' {
+		return errors.New("the request target does not begin with a slash")
+	}
+	for i := range len(target) {
+		if c := target[i]; c <= ' ' || c == 0x7f {
+			return fmt.Errorf("byte %#02x in the request target", c)
+		}
+	}
+	return nil
 }
 
 // CloseIdle closes the connections that are in no use.

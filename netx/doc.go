@@ -11,10 +11,9 @@
 //   - The Front takes a place for a connection before it accepts it. What is
 //     over the limit stays in the kernel's backlog, where it costs nothing here
 //     and Synapse simply waits.
-//   - net/http parses the request; its body goes into a [Spool], which has a
-//     budget in memory and one on disk. Then the connection is parked: taken
-//     away from net/http, which leaves an [Inbound] of about 2 KiB and no
-//     goroutine.
+//   - The request's body goes into a [Spool], which has a budget in memory and
+//     one on disk. Then the connection is parked, which leaves an [Inbound] of
+//     about 2 KiB and no goroutine.
 //   - [Inbound.Reply] or [Inbound.Stream] writes the answer later, from a
 //     goroutine of the caller's, and closes the connection.
 //
@@ -45,8 +44,10 @@
 //
 // # Goroutines
 //
-// The inbound half starts one: the watcher, while anything is parked. net/http
-// starts one for each connection whose request is being read, and a second one
-// for the moment between the end of a request and its parking: 2 times
-// MaxReading at most. Serve runs in the caller's.
+// The inbound half starts as many as there are requests being read at a time,
+// MaxReading at most, and the watcher, while anything is parked. Serve runs in
+// the caller's. The outbound half starts those that race for a server with
+// several addresses, two for each dial, which end with it; net/http has two for
+// an HTTP/1.1 connection, one for an HTTP/2 connection and one for each request
+// on it.
 package netx

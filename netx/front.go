@@ -3,12 +3,14 @@ package netx
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"log/slog"
 	"maps"
 	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -17,7 +19,7 @@ import (
 // Defaults of FrontConfig.
 const (
 	defaultMaxConns             = 4096             // a storm's 4,000: 8 MiB of heap when all of them wait, without their bodies
-	defaultMaxReading           = 64               // about 50 KiB each: net/http's buffers, ours and two stacks
+	defaultMaxReading           = 64               // about 48 KiB each: two buffers and a stack
 	defaultHeaderTimeout        = 10 * time.Second // the client is on this machine
 	defaultBodyTimeout          = 30 * time.Second // half of Synapse's 60 s
 	defaultStallTimeout         = 60 * time.Second // what Synapse itself allows for a body
@@ -25,7 +27,7 @@ const (
 	defaultMaxHeaderBytes       = 16 << 10               // Synapse's are below 1 KiB
 	defaultMaxBody        int64 = 200 * 64 << 10         // what a Synapse takes: MAX_REQUEST_SIZE, 200 events of 64 KiB
 	defaultLinger               = 500 * time.Millisecond // not configurable
-	spoolLogInterval            = 30 * time.Second       // between two log lines about bodies that could not be stored
+	errorLogInterval            = 30 * time.Second       // between two log lines about bodies that could not be stored
 )
 
 // FrontConfig configures a Front. Secret, Spool, Handle and Gone are required.
@@ -60,8 +62,7 @@ type FrontConfig struct {
 	// for clients that went away. 0 means 1 s.
 	SweepInterval time.Duration
 
-	// MaxHeaderBytes bounds the request line and the header; net/http adds
-	// 4 KiB. 0 means 16 KiB.
+	// MaxHeaderBytes bounds the request line and the header. 0 means 16 KiB.
 	MaxHeaderBytes int
 
 	// MaxBody returns how many bytes a request's body may have; it should stay
@@ -72,8 +73,8 @@ type FrontConfig struct {
 	// Spool takes the bodies.
 	Spool *Spool
 
-	// Logger takes what net/http has to say (failing accepts, panics), and, at
-	// most every 30 s, that a body could not be stored. nil discards it.
+	// Logger is told of panics and, at most every 30 s, that a connection could
+	// not be accepted or a body not be stored. nil discards it.
 	Logger *slog.Logger
 
 	// Handle takes over a parked request. It is called in the connection's
@@ -99,11 +100,14 @@ type FrontConfig struct {
 //
 // What is refused is refused before the body is read, in this order:
 //
+//	400 M_UNKNOWN        the head is not well-formed HTTP
+//	431 M_TOO_LARGE      the head is over MaxHeaderBytes
 //	405 M_UNRECOGNIZED   the method is CONNECT
 //	404 M_UNRECOGNIZED   the target is not matrix-federation://...
 //	407 M_UNAUTHORIZED   Proxy-Authorization is not exactly the secret
 //	400 M_INVALID_PARAM  the target is malformed, or has no valid server name
 //	505 M_UNKNOWN        HTTP/1.0, which cannot tell a cut answer from a whole one
+//	417 M_UNKNOWN        Expect is not 100-continue
 //	413 M_TOO_LARGE      Content-Length is over MaxBody
 //
 // and while it is read:
@@ -114,24 +118,27 @@ type FrontConfig struct {
 //	503 M_UNKNOWN        no room in the spool for BodyTimeout
 //	500 M_UNKNOWN        the spool's disk fails
 //
-// A body that the client cuts off is dropped without an answer. What does not
-// get past net/http's parser never reaches these checks, and is answered by it
-// in text/plain: 400 (malformed request line, header, Host or URL), 417
-// (Expect), 431 (MaxHeaderBytes), 501 (Transfer-Encoding) and 505 (version). No
-// request of Synapse is among them, so that is left as it is.
+// A request that the client cuts off is dropped without an answer.
+//
+// It is no http.Server, which would start a second goroutine for each request
+// and keep two buffers for the sake of a next request that never comes: a
+// fifth of the processor time of a lookup.
 //
 // All methods may be called concurrently.
 type Front struct {
 	cfg      FrontConfig
 	secret   [sha256.Size]byte
 	linger   time.Duration // how long a refused client may go on sending
-	srv      *http.Server
 	gate     *gate
 	lastID   atomic.Uint64
-	spoolLog rate.Sometimes
+	errorLog rate.Sometimes
+	readers  chan net.Conn // to a goroutine that waits for its next connection
+	quit     chan struct{} // closed when none comes any more
+	quitOnce func()
 
 	mu        sync.Mutex
 	listeners map[net.Listener]struct{}
+	reading   map[net.Conn]struct{} // whose request is not handed over yet
 	closed    bool
 	waiting   []*Inbound // parked requests that the watcher looks after; Inbound.pos is the index
 	sweeping  bool       // the watcher runs
@@ -150,7 +157,7 @@ type FrontStats struct {
 	Requests uint64         // requests handed over
 	Gone     uint64         // clients that went away while parked
 	Cut      uint64         // clients that went away inside the request's body
-	Refused  map[int]uint64 // answers of the Front itself, by status code; not those of net/http
+	Refused  map[int]uint64 // answers of the Front itself, by status code
 }
 
 // NewFront returns a Front that serves nothing yet. It panics when a required
@@ -177,34 +184,21 @@ func NewFront(c FrontConfig) *Front {
 		secret:    sha256.Sum256(c.Secret),
 		linger:    defaultLinger,
 		gate:      newGate(c.MaxConns, c.MaxReading),
-		spoolLog:  rate.Sometimes{First: 1, Interval: spoolLogInterval},
+		errorLog:  rate.Sometimes{First: 1, Interval: errorLogInterval},
+		readers:   make(chan net.Conn),
+		quit:      make(chan struct{}),
 		listeners: map[net.Listener]struct{}{},
+		reading:   map[net.Conn]struct{}{},
 		stats:     FrontStats{Refused: map[int]uint64{}},
 	}
 	f.cfg.Secret = nil // its digest is all that is needed
-	f.srv = &http.Server{
-		Handler:                      http.HandlerFunc(f.serve),
-		ReadHeaderTimeout:            c.HeaderTimeout,
-		MaxHeaderBytes:               c.MaxHeaderBytes,
-		ConnState:                    f.connState,
-		ErrorLog:                     slog.NewLogLogger(c.Logger.Handler(), slog.LevelWarn),
-		DisableGeneralOptionsHandler: true,
-	}
-	f.srv.SetKeepAlivesEnabled(false)
+	f.quitOnce = sync.OnceFunc(func() { close(f.quit) })
 	return f
 }
 
 func setDefault[T int | time.Duration](v *T, def T) {
 	if *v <= 0 {
 		*v = def
-	}
-}
-
-// connState gives back the place of a connection that net/http has closed; a
-// parked one is no longer net/http's.
-func (f *Front) connState(_ net.Conn, s http.ConnState) {
-	if s == http.StateClosed {
-		f.gate.leave(1, 1)
 	}
 }
 
@@ -222,7 +216,8 @@ func (f *Front) Serve(ln net.Listener) error {
 	f.listeners[ln] = struct{}{}
 	f.mu.Unlock()
 
-	err := f.srv.Serve(gatedListener{ln, f.gate})
+	err := f.accept(ln)
+	ln.Close()
 
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -231,6 +226,62 @@ func (f *Front) Serve(ln net.Listener) error {
 		return http.ErrServerClosed
 	}
 	return err
+}
+
+// accept hands each connection to a goroutine that reads its request: one that
+// has read another before, or a new one. There are no more of them than
+// requests being read at a time, MaxReading, and they stay until Close.
+func (f *Front) accept(ln net.Listener) error {
+	for pause := time.Duration(0); ; {
+		if !f.gate.enter() {
+			return http.ErrServerClosed
+		}
+		conn, err := ln.Accept()
+		if err == nil {
+			pause = 0
+			f.mu.Lock()
+			f.reading[conn] = struct{}{}
+			f.mu.Unlock()
+			select {
+			case f.readers <- conn:
+			default:
+				go f.read(conn)
+			}
+			continue
+		}
+		f.gate.leave(1, 1)
+		if !errors.Is(err, syscall.EMFILE) && !errors.Is(err, syscall.ENFILE) && !errors.Is(err, syscall.ECONNABORTED) {
+			return err
+		}
+		// It passes, once connections are closed.
+		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+		f.errorLog.Do(func() { f.cfg.Logger.Error("a connection could not be accepted", "err", err) })
+		time.Sleep(pause)
+	}
+}
+
+// read serves one connection after the other.
+func (f *Front) read(conn net.Conn) {
+	for {
+		f.serve(conn)
+		f.mu.Lock()
+		delete(f.reading, conn)
+		f.mu.Unlock()
+		select {
+		case conn = <-f.readers:
+		case <-f.quit:
+			return
+		}
+	}
+}
+
+// dropReading closes the connections whose request is not handed over yet.
+func (f *Front) dropReading() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for conn := range f.reading {
+		conn.Close()
+	}
 }
 
 // stopAccepting closes the gate and the listeners. A unix socket that Listen
@@ -250,7 +301,9 @@ func (f *Front) stopAccepting() {
 // Parked requests stay until they are answered.
 func (f *Front) Close() error {
 	f.stopAccepting()
-	return f.srv.Close()
+	f.dropReading()
+	f.quitOnce()
+	return nil
 }
 
 // Shutdown stops accepting and returns when every request that was being read
@@ -259,10 +312,10 @@ func (f *Front) Close() error {
 func (f *Front) Shutdown(ctx context.Context) error {
 	f.stopAccepting()
 	err := f.gate.drain(ctx)
-	// Not http.Server.Shutdown: that drops requests whose header is not
-	// complete yet, and to Synapse a dropped request means that the remote
-	// is down.
-	f.srv.Close()
+	if err != nil {
+		f.dropReading()
+	}
+	f.quitOnce()
 	return err
 }
 

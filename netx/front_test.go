@@ -380,30 +380,35 @@ func TestFrontBearerIsCaseInsensitive(t *testing.T) {
 	}
 }
 
-// What net/http answers before any of our code runs, as Front's comment says.
-func TestFrontAnswersOfNetHTTP(t *testing.T) {
+// Whatever is wrong with a request's head is told in JSON.
+func TestFrontRefusesMalformedHeads(t *testing.T) {
 	ft := newFrontTest(t, func(c *FrontConfig) { c.MaxHeaderBytes = 2000 })
 	dial := ft.serve("unix")
+	auth := "Proxy-Authorization: Bearer " + testSecret + "\r\n"
 	for name, test := range map[string]struct {
 		request string
 		status  int
 	}{
 		"request line":      {"nonsense\r\n\r\n", 400},
 		"header":            {"GET matrix-federation://h/x HTTP/1.1\r\nHost h\r\n\r\n", 400},
-		"no host":           {"GET matrix-federation://h/x HTTP/1.1\r\n\r\n", 400},
 		"URL escape":        {"GET matrix-federation://h/%zz HTTP/1.1\r\nHost: h\r\n\r\n", 400},
 		"URL port":          {"GET matrix-federation://h:x/ HTTP/1.1\r\nHost: h\r\n\r\n", 400},
-		"expectation":       {"GET matrix-federation://h/x HTTP/1.1\r\nHost: h\r\nExpect: wonders\r\n\r\n", 417},
+		"expectation":       {"GET matrix-federation://h/x HTTP/1.1\r\n" + auth + "Expect: wonders\r\n\r\n", 417},
 		"header size":       {"GET matrix-federation://h/x HTTP/1.1\r\nHost: h\r\nX: " + strings.Repeat("x", 6100) + "\r\n\r\n", 431},
-		"transfer encoding": {"PUT matrix-federation://h/x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip\r\n\r\n", 501},
-		"version":           {"GET matrix-federation://h/x HTTP/3.0\r\nHost: h\r\n\r\n", 505},
+		"transfer encoding": {"PUT matrix-federation://h/x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip\r\n\r\n", 400},
+		"two lengths":       {"PUT matrix-federation://h/x HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400},
+		"version":           {"GET matrix-federation://h/x HTTP/3.0\r\n" + auth + "\r\n", 505},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := dial()
 			write(t, c, test.request)
 			res, err := http.ReadResponse(bufio.NewReader(c), nil)
-			if err != nil || res.StatusCode != test.status {
-				t.Errorf("%v, %v", res, err)
+			if err != nil || res.StatusCode != test.status || res.Header.Get("Content-Type") != "application/json" {
+				t.Fatalf("%v, %v", res, err)
+			}
+			var body struct{ Errcode, Error string }
+			if err := json.NewDecoder(res.Body).Decode(&body); err != nil || body.Errcode == "" || body.Error == "" {
+				t.Errorf("%+v, %v", body, err)
 			}
 		})
 	}

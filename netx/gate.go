@@ -3,8 +3,6 @@ package netx
 import (
 	"context"
 	"fmt"
-	"net"
-	"net/http"
 	"sync"
 )
 
@@ -66,26 +64,6 @@ func (g *gate) close() {
 	defer g.mu.Unlock()
 	g.closed = true
 	g.change.Broadcast()
-}
-
-// gatedListener is a listener behind a gate. A connection that net/http closes
-// gives its place back through Front.connState, a parked one through
-// Inbound.end.
-type gatedListener struct {
-	net.Listener
-	gate *gate
-}
-
-func (l gatedListener) Accept() (net.Conn, error) {
-	if !l.gate.enter() {
-		return nil, http.ErrServerClosed
-	}
-	c, err := l.Listener.Accept()
-	if err != nil {
-		l.gate.leave(1, 1)
-		return nil, err
-	}
-	return c, nil
 }
 
 // drain waits until no request is being read, or ctx is done.

@@ -10,8 +10,10 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"fsbus/bus/matrix"
@@ -23,11 +25,17 @@ import (
 func TestHostileRemotes(t *testing.T) {
 	goroutines(t)
 	silentLogs(t)
+	// said is told when nothing more will be said.
+	said := make(chan struct{}, 1)
 	// say answers the request's head with s, and waits for the client to go.
 	say := func(s string) func(*tls.Conn, *bufio.Reader) {
 		return func(c *tls.Conn, r *bufio.Reader) {
 			head(r)
 			_, _ = io.WriteString(c, s)
+			select {
+			case said <- struct{}{}:
+			default:
+			}
 			_, _ = io.Copy(io.Discard, r)
 		}
 	}
@@ -102,7 +110,7 @@ func TestHostileRemotes(t *testing.T) {
 		}, matrix.FailCut, OpBody},
 
 		{"hangs up", true, cut(""), matrix.FailReset, OpRequest},
-		{"is silent", true, func(c *tls.Conn, r *bufio.Reader) { _, _ = io.Copy(io.Discard, r) }, matrix.FailTimeout, OpRequest},
+		{"is silent", true, say(""), matrix.FailTimeout, OpRequest},
 		{"speaks HTTP/1.1", true, cut("HTTP/1.1 400 Bad Request\r\nContent-Length: 1000\r\n\r\n" + strings.Repeat("x", 1000)), matrix.FailProtocol, OpRequest},
 		{"sends a frame that is too large", true, cut(frames + "\xff\xff\xff\x00\x00\x00\x00\x00\x01"), matrix.FailProtocol, OpRequest},
 		{"sends data to no stream", true, cut(frames + "\x00\x00\x01\x00\x00\x00\x00\x00\x09x"), matrix.FailProtocol, OpRequest},
@@ -141,10 +149,14 @@ func TestHostileRemotes(t *testing.T) {
 			})
 			c := newTestClient(t, map[string]string{"a.test:1": addr}, func(c *ClientConfig) { c.BodyTimeout = 100 * time.Millisecond })
 			ctx := testContext(t)
+			select {
+			case <-said: // by the remote before
+			default:
+			}
 			if tt.failure == matrix.FailTimeout {
-				var cancel context.CancelFunc
-				ctx, cancel = context.WithTimeout(ctx, 100*time.Millisecond)
-				defer cancel()
+				timeout := newDeadline(ctx)
+				go func() { <-said; timeout.expire() }()
+				ctx = timeout
 			}
 			_, _, err := tryGet(ctx, c, "a.test:1", "/")
 			wantFailure(t, err, tt.failure, tt.op)
@@ -188,89 +200,152 @@ func TestHeadersOverHTTP2AreBounded(t *testing.T) {
 }
 
 // TestTrickle: an answer may take as long as the caller lets it, as long as it
-// goes on.
+// goes on. A caller who is slow to read is not the remote's fault.
 func TestTrickle(t *testing.T) {
-	trickle := func(w http.ResponseWriter, r *http.Request) {
-		for range 8 {
-			_, _ = io.WriteString(w, "x")
-			w.(http.Flusher).Flush()
-			time.Sleep(20 * time.Millisecond)
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		r, w := io.Pipe()
+		context.AfterFunc(ctx, func() { _ = r.CloseWithError(ctx.Err()) }) // as net/http does
+		var ended []error
+		b := newAnswerBody(t.Context(), ctx, cancel, r, time.Minute, func(err error) { ended = append(ended, err) })
+		go func() {
+			for range 100 {
+				time.Sleep(59 * time.Second)
+				_, _ = w.Write([]byte("x"))
+			}
+		}()
+		p := make([]byte, 10)
+		for i := range 100 {
+			if i%10 == 0 {
+				time.Sleep(10 * time.Minute)
+			}
+			if n, err := b.Read(p); n != 1 || err != nil {
+				t.Fatalf("byte %d: %d, %v", i, n, err)
+			}
 		}
-	}
-	for name, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2": true} {
-		c := newTestClient(t, map[string]string{"a.test:1": web(t, http2, trickle, "a.test")}, func(c *ClientConfig) { c.BodyTimeout = 100 * time.Millisecond })
-		if _, body := get(t, c, "a.test:1", "/"); body != "xxxxxxxx" {
-			t.Errorf("%s: %q", name, body)
+		start := time.Now()
+		for range 2 {
+			n, err := b.Read(p)
+			if n != 0 || time.Since(start) != time.Minute {
+				t.Errorf("%d bytes after %v", n, time.Since(start))
+			}
+			wantFailure(t, err, matrix.FailCut, OpBody)
+			if !errors.Is(err, errStalled) {
+				t.Errorf("error %v", err)
+			}
 		}
-		// A caller who is slow to read is not the remote's fault.
-		resp, err := c.Do(testContext(t), &Request{Destination: "a.test:1", Method: "GET", Target: "/"}, nil)
-		if err != nil {
-			t.Fatal(err)
+		_ = b.Close()
+		if len(ended) != 1 || !errors.Is(ended[0], errStalled) {
+			t.Errorf("done was told %v", ended)
 		}
-		time.Sleep(200 * time.Millisecond)
-		if body, err := io.ReadAll(resp.Body); string(body) != "xxxxxxxx" || err != nil {
-			t.Errorf("%s: %q, %v", name, body, err)
-		}
-		_ = resp.Body.Close()
-	}
+	})
 }
 
 // TestEndingTheContext is about each step in which a caller may give up.
 func TestEndingTheContext(t *testing.T) {
 	goroutines(t)
-	silent := tcp(t, func(c net.Conn) { _, _ = io.Copy(io.Discard, c) })
-	never := func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+	// Each of these says that the request has come as far as it will.
+	arrived := make(chan struct{}, 1)
+	silent := tcp(t, func(c net.Conn) {
+		_, _ = c.Read(make([]byte, 1)) // of the handshake
+		arrived <- struct{}{}
+		_, _ = io.Copy(io.Discard, c)
+	})
+	never := func(w http.ResponseWriter, r *http.Request) {
+		arrived <- struct{}{}
+		<-r.Context().Done()
+		panic(http.ErrAbortHandler) // returning would be an answer, which may arrive
+	}
+	// half ends its answer in order when the client goes. That is no whole answer.
 	half := func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(w, "half")
 		w.(http.Flusher).Flush()
 		<-r.Context().Done()
 	}
-	block := make(chan struct{})
-	t.Cleanup(func() { close(block) })
 	c := newTestClient(t, map[string]string{
 		"tls.test:1": silent,
 		"a.test:1":   web(t, false, never, "a.test"), "a.test:2": web(t, true, never, "a.test"),
 		"a.test:3": web(t, false, half, "a.test"), "a.test:4": web(t, true, half, "a.test"),
-	}, func(c *ClientConfig) { c.Lookup = blockingLookup{} })
+	}, func(c *ClientConfig) { c.Lookup = blockingLookup{arrived: arrived} })
 	for _, tt := range []struct {
-		dest            string
+		dest            matrix.ServerName
 		op              string
 		unsent          bool
 		cancel, timeout matrix.Failure
 	}{
 		{"name.test:1", OpResolve, true, matrix.FailCancelled, matrix.FailDNS},
-		{"srv.test", OpResolve, true, matrix.FailCancelled, matrix.FailDNS},
+		{"wellknown.test", OpResolve, true, matrix.FailCancelled, matrix.FailDNS},
 		{"tls.test:1", OpTLS, true, matrix.FailCancelled, matrix.FailTimeout},
 		{"a.test:1", OpRequest, false, matrix.FailCancelled, matrix.FailTimeout},
 		{"a.test:2", OpRequest, false, matrix.FailCancelled, matrix.FailTimeout},
 		{"a.test:3", OpBody, false, matrix.FailCancelled, matrix.FailCut},
 		{"a.test:4", OpBody, false, matrix.FailCancelled, matrix.FailCut},
 	} {
+		// end has the request reach its step before ctx ends.
+		end := func(ctx context.Context, end func()) error {
+			r := &Request{Destination: tt.dest, Method: "GET", Target: "/"}
+			if tt.op != OpBody {
+				go func() { <-arrived; end() }()
+				_, err := c.Do(ctx, r, nil)
+				return err
+			}
+			resp, err := c.Do(ctx, r, nil)
+			if err != nil {
+				return err
+			}
+			defer resp.Body.Close()
+			go end()
+			_, err = io.ReadAll(resp.Body)
+			return err
+		}
 		ctx, cancel := context.WithCancel(t.Context())
-		time.AfterFunc(30*time.Millisecond, cancel)
-		_, _, err := tryGet(ctx, c, tt.dest, "/")
-		wantFailure(t, err, tt.cancel, tt.op)
-		ctx, cancel = context.WithTimeout(t.Context(), 30*time.Millisecond)
-		_, _, err = tryGet(ctx, c, tt.dest, "/")
+		wantFailure(t, end(ctx, cancel), tt.cancel, tt.op)
+
+		timeout := newDeadline(t.Context())
+		err := end(timeout, timeout.expire)
 		wantFailure(t, err, tt.timeout, tt.op)
 		var e *Error
 		if errors.As(err, &e); e.Unsent != tt.unsent {
 			t.Errorf("%s: unsent %v", tt.dest, e.Unsent)
 		}
-		cancel()
 		eventually(t, "its connection is closed", func() bool { return c.Stats().Open == 0 })
 	}
 }
 
-// blockingLookup answers when its caller has had enough.
-type blockingLookup struct{ Lookup }
+// deadline is a context whose deadline passes when the test says so.
+type deadline struct {
+	context.Context
+	done chan struct{}
+	once sync.Once
+}
 
-func (blockingLookup) IP(ctx context.Context, host string) ([]netip.Addr, error) {
+func newDeadline(parent context.Context) *deadline {
+	return &deadline{Context: parent, done: make(chan struct{})}
+}
+
+func (d *deadline) expire()               { d.once.Do(func() { close(d.done) }) }
+func (d *deadline) Done() <-chan struct{} { return d.done }
+func (d *deadline) Err() error {
+	select {
+	case <-d.done:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
+}
+
+// blockingLookup answers when its caller has had enough.
+type blockingLookup struct {
+	Lookup
+	arrived chan<- struct{}
+}
+
+func (l blockingLookup) IP(ctx context.Context, host string) ([]netip.Addr, error) {
+	l.arrived <- struct{}{}
 	<-ctx.Done()
 	return nil, &net.DNSError{Err: "no answer", Name: host, IsTimeout: true, UnwrapErr: ctx.Err()}
 }
 
-func (blockingLookup) SRV(ctx context.Context, _, _, name string) ([]*net.SRV, error) {
-	<-ctx.Done()
-	return nil, &net.DNSError{Err: "no answer", Name: name, IsTimeout: true, UnwrapErr: ctx.Err()}
+func (l blockingLookup) SRV(ctx context.Context, _, _, name string) ([]*net.SRV, error) {
+	return nil, notFound(name)
 }

@@ -54,15 +54,11 @@ const (
 	stateGone                       // the client went away first
 )
 
-// park takes the connection over from net/http and hands the request over.
-func (f *Front) park(in *Inbound, rc *http.ResponseController) {
-	conn, _, err := rc.Hijack() // what the client sent behind its request is ignored
-	if err != nil {
-		panic(fmt.Sprintf("netx: net/http does not give its connection away: %v", err))
-	}
-	in.conn = conn
+// park hands the request over.
+func (f *Front) park(in *Inbound) {
 	in.ID = f.lastID.Add(1)
 	f.mu.Lock()
+	delete(f.reading, in.conn)
 	f.stats.Requests++
 	f.stats.Parked++
 	f.stats.MaxParked = max(f.stats.MaxParked, f.stats.Parked)

@@ -1,6 +1,7 @@
 package netx
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -69,12 +70,10 @@ func listenTCP(spec string, o ListenOptions) (net.Listener, error) {
 	if !addr.IP.IsLoopback() && !o.AllowRemote {
 		return nil, ErrRemoteListen
 	}
-	// The address that was checked, not the name once more.
-	ln, err := net.ListenTCP("tcp", addr)
-	if err != nil {
-		return nil, err
-	}
-	return ln, nil
+	// The address that was checked, not the name once more. Keep-alive probes
+	// would be four system calls for a connection that lives for one request.
+	lc := net.ListenConfig{KeepAlive: -1}
+	return lc.Listen(context.Background(), "tcp", addr.String())
 }
 
 func listenUnix(path string, o ListenOptions) (net.Listener, error) {

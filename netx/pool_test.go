@@ -178,6 +178,7 @@ func TestSuspectConnectionsAreLeft(t *testing.T) {
 			_, _ = io.WriteString(w, "done")
 		case "/never":
 			<-r.Context().Done()
+			panic(http.ErrAbortHandler)
 		}
 	}, "a.test")
 	c := newTestClient(t, map[string]string{"a.test:1": addr}, nil)

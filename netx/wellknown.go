@@ -272,5 +272,10 @@ func redirect(u *url.URL, location string) (*url.URL, error) {
 		return nil, fmt.Errorf("%w: redirect: %w", errNoDocument, err)
 	}
 	to.User, to.Fragment, to.RawFragment = nil, "", ""
+	// net/url takes a query as it comes, and net/http sends it like that: a
+	// blank would end the request target.
+	if err := checkTarget(to.RequestURI()); err != nil {
+		return nil, fmt.Errorf("%w: redirect: %w", errNoDocument, err)
+	}
 	return to, nil
 }

@@ -54,9 +54,8 @@ const (
 	workerGoroutines = 7
 	// idleGoroutines read and write a connection; HTTP/2 needs only one.
 	idleGoroutines = 2
-	// readingGoroutines serve a connection, and watch it while its request is
-	// handled.
-	readingGoroutines = 2
+	// readingGoroutines read a connection's request.
+	readingGoroutines = 1
 	// fixedGoroutines are those that every node has: the loop, the store's writer, the watcher of parked
 	// connections, the pools that write answers, the status page (8), and the
 	// process itself with its signals (4).

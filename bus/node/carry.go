@@ -27,10 +27,17 @@ type attempt struct {
 	header http.Header
 	size   int64 // -1 when the remote does not say
 	body   *netx.Body
+
+	whole *bus.Answered // not posted yet: it goes together with Done
 }
 
-// peek429 is how much of a 429's body is read for retry_after_ms.
-const peek429 = 4 << 10
+const (
+	// peek429 is how much of a 429's body is read for retry_after_ms.
+	peek429 = 4 << 10
+	// wholeAtOnce is how large an answer's body may be that is read before the
+	// core hears of its header.
+	wholeAtOnce = 8 << 10
+)
 
 // carry takes a request to its remote and brings the answer. It runs on a
 // sender and posts exactly one Done.
@@ -55,6 +62,10 @@ func (n *Node) end(a *attempt, failure matrix.Failure, detail string) {
 		_, done.Kept = a.body.Bytes()
 	} else {
 		n.notable.failed(a, failure, detail)
+	}
+	if a.whole != nil {
+		n.loop.Post(event{Event: *a.whole, then: done})
+		return
 	}
 	n.loop.Post(event{Event: done})
 }
@@ -87,15 +98,26 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 	}
 	a.status, a.header, a.size = resp.StatusCode, resp.Header, resp.ContentLength
 
-	var wait time.Duration
-	var begin []byte
-	if resp.StatusCode == http.StatusTooManyRequests {
+	answered := bus.Answered{Op: a.op, Status: resp.StatusCode}
+	switch {
+	case resp.StatusCode == http.StatusTooManyRequests:
+		var begin []byte
 		begin, err = io.ReadAll(io.LimitReader(resp.Body, peek429))
-		wait, _ = matrix.ParseRetryAfter(resp.Header.Get("Retry-After"), begin, time.Now())
-	}
-	n.loop.Post(event{Event: bus.Answered{Op: a.op, Status: resp.StatusCode, RetryAfter: wait}})
-	if err == nil {
-		err = fill(a.body, begin, resp.Body, ep.MaxResponse)
+		answered.RetryAfter, _ = matrix.ParseRetryAfter(resp.Header.Get("Retry-After"), begin, time.Now())
+		n.loop.Post(event{Event: answered})
+		if err == nil {
+			err = fill(a.body, begin, resp.Body, ep.MaxResponse)
+		}
+	case resp.ContentLength >= 0 && resp.ContentLength <= wholeAtOnce:
+		// It comes with the header, or right behind it: the loop and a replier
+		// then have to be woken only once.
+		err = fill(a.body, nil, resp.Body, ep.MaxResponse)
+		if err == nil || a.body.Size() > 0 {
+			a.whole = &answered // else there is nothing to pass on, and it failed
+		}
+	default:
+		n.loop.Post(event{Event: answered})
+		err = fill(a.body, nil, resp.Body, ep.MaxResponse)
 	}
 	switch {
 	case err == nil:
