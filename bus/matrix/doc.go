@@ -14,6 +14,11 @@
 //	requesttarget.go  the request target with which Synapse asks for a server
 //	endpoints.go      Endpoint, the table of all endpoints, Match
 //	sendclass.go      the class of a transaction, by its content
+//	transaction.go    Transaction, the body of a PUT /send, in its parts
+//	item.go           Item, what an outbox queues: kinds, lanes, rules, lifetimes
+//	edu.go            EDUs taken apart into items
+//	merge.go          what newer items make of older ones that wait
+//	builder.go        Builder, items packed into a transaction
 //	class.go          Class, the priority classes
 //	outcome.go        Failure, how an attempt at a remote can fail
 //	errors.go         error codes and error bodies
