@@ -16,14 +16,18 @@ type Batch struct {
 	Hosts []Host
 	// Forget names hosts to delete. One that is not there is no error.
 	Forget []matrix.ServerName
+	// Outbox is what to do with the outbox, in this order. The Result of each is
+	// set when the completion is called with nil.
+	Outbox []OutboxOp
 }
 
 // What a batch and a slice element cost besides their strings, rounded up for
-// 64-bit: a Batch with its place in the queue, a Host, a string header.
+// 64-bit: a Batch with its place in the queue, a Host, a string header, an interface.
 const (
-	batchBytes = 96
+	batchBytes = 120
 	hostBytes  = 96
 	nameBytes  = 16
+	opBytes    = 16
 )
 
 // size is about how many bytes of memory b holds.
@@ -34,6 +38,9 @@ func (b *Batch) size() int64 {
 	}
 	for _, name := range b.Forget {
 		n += nameBytes + int64(len(name))
+	}
+	for _, op := range b.Outbox {
+		n += opBytes + op.size()
 	}
 	return n
 }
@@ -52,6 +59,13 @@ func (w *writer) apply(b *Batch) (int64, error) {
 		n, err := w.hosts.delete(name)
 		if err != nil {
 			return 0, classify(fmt.Sprintf("forget host %q", name), w.path, err)
+		}
+		rows += n
+	}
+	for _, op := range b.Outbox {
+		n, err := op.apply(w.outbox)
+		if err != nil {
+			return 0, classify(op.String(), w.path, err)
 		}
 		rows += n
 	}

@@ -2,9 +2,28 @@
 // by one goroutine that merges what waits into one transaction.
 //
 // Everything lives in one file so that one fsync covers all that belongs
-// together, and so that a backup or a move is one thing to get right. At present
-// that is what is known of each destination (Host), so that back-off survives
-// a restart.
+// together, and so that a backup or a move is one thing to get right. That is
+// what is known of each destination (Host), so that back-off survives a restart,
+// and the outbox: what the homeserver was told is taken over.
+//
+// # The outbox
+//
+// Each destination has its items in lanes (matrix.Lane), in the order in which
+// they came, under numbers that only grow. Operations (OutboxOp) are parts of a
+// Batch and so share its group's fsync; what comes of one is in its Result.
+//
+//	Accept   takes over a transaction, merging its items with those that wait
+//	Pack     freezes the front of each lane as the next transaction, or gives
+//	         again the one that is frozen
+//	Settle   deletes what was delivered, or divides what is refused
+//	Compact, Expire, Drop
+//	         give up what is of no use
+//
+// A payload over 256 bytes is stored once for all its destinations. What is
+// frozen is known from the last numbers in it, so freezing writes one row, and
+// the transaction comes out the same each time since nothing that it is made of
+// changes: see Pack. Everything is safe to do twice: a repeated Accept is known
+// by the homeserver's id, a Settle by that of the batch, and Pack repeats itself.
 //
 // # Order and duties
 //
@@ -36,13 +55,17 @@
 //
 //   - The writer's goroutine is the only code that changes the file after
 //     Open, and the only goroutine of this package (the driver starts one for
-//     the length of a call with a context that can end: Open and LoadHosts).
+//     the length of a call with a context that can end: Open and the Loads).
 //   - A file at Options.Path is whole: it is built under another name, synced
 //     and renamed. An empty one, or one without header, is damaged and refused.
 //   - Nothing is deleted or replaced to get going. A file that is damaged, of
 //     another program or of a newer fsbus is left as it is, and the error says
 //     what to do.
 //   - A commit never leaves more than Options.MaxHosts rows of hosts.
+//   - An item leaves the outbox by Settle, Compact, Expire, Drop, Pack (what has
+//     expired or cannot be sent) or because a newer one replaces it, and is
+//     counted in the Result. Frozen ones leave by Settle and Drop alone, or to be
+//     set aside.
 //   - No clock decides anything. Times in rows come from the caller; which rows
 //     are old is known from the order of writes. Only Stats and the log hold
 //     durations.
@@ -74,6 +97,12 @@
 //   - Options.QueueLen batches and Options.QueueBytes wait at most, beyond
 //     that Submit returns ErrQueueFull; Options.MaxGroup batches and 1 MiB share a
 //     transaction.
+//   - The outbox: bytes and items of a destination, items in all, bytes of the
+//     file, destinations, items set aside. Options has them; ErrOutboxFull is the
+//     answer, and set aside items push out older ones. MaxFileBytes must be less
+//     than what the disk has: delivering writes, too, before it makes room.
+//   - An Accept must fit into QueueBytes. An operation that trims deletes about
+//     1,000 items at a time; Settle, what one transaction holds.
 //   - Options.CacheBytes of page cache, plus 256 KiB and the rows themselves
 //     while LoadHosts runs. All of SQLite's memory lies outside of Go's heap.
 //   - Network file systems are not supported: WAL needs shared memory and
@@ -93,6 +122,17 @@
 //	store, a batch a row    7,000   204,000   298,000
 //	SQLite alone            8,200   231,000   321,000
 //	append and fsync        7,500   510,000 3,200,000
+//
+// Transactions of 2 kB taken over per second (BenchmarkAccept), in the same
+// groups, of which 1 MiB ends the last at 385:
+//
+//	store              4,500   28,000   31,000
+//	SQLite alone       5,600   39,000   43,600
+//
+// Three transactions, packed and delivered, cost a destination 0.17 ms of CPU and
+// 830 bytes of file at their height, with 1,000 destinations as with 10,000
+// (BenchmarkDestinations). LoadOutbox of 10,000 takes 15 ms. An event of 1.5 kB
+// for 4,000 takes 780 kB of file.
 //
 // On a disk that needs 10 ms for an fsync there are 100 groups a second at
 // best, so rows per second are 100 times what waits.

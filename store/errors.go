@@ -19,6 +19,10 @@ var (
 	// ErrInvalid: the content of this batch cannot be stored, now or later.
 	// Batches beside it are not affected.
 	ErrInvalid = errors.New("invalid row")
+	// ErrOutboxFull: the outbox, or this destination's part of it, is at one of
+	// its bounds. Nothing of the batch was stored. Batches beside it are not
+	// affected.
+	ErrOutboxFull = errors.New("outbox full")
 	// ErrClosed: Close was called before.
 	ErrClosed = errors.New("store: closed")
 	// ErrQueueFull: as many batches or bytes wait as Options allows.
@@ -47,6 +51,12 @@ func classify(op, path string, err error) error {
 	default:
 		return fmt.Errorf("store: %s: %s: %w: %w", path, op, class, err)
 	}
+}
+
+// refused tells whether err is about the one batch that it came up in, which can
+// then be taken back alone.
+func refused(err error) bool {
+	return errors.Is(err, ErrInvalid) || errors.Is(err, ErrOutboxFull)
 }
 
 // classOf returns the sentinel that err belongs to, nil if to none.

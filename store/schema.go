@@ -31,6 +31,79 @@ var migrations = []string{
 		succeeded_at  INTEGER NOT NULL,
 		touched       INTEGER NOT NULL
 	) STRICT, WITHOUT ROWID;`,
+
+	// 2: the outbox.
+	//
+	// dest has a row for each destination that has something pending, and for
+	// those that had lately, for the sake of txn. What an accepted transaction
+	// changes here are a few bytes of one row: totals are kept, not counted.
+	//
+	// item is clustered by destination, lane and order, WITHOUT ROWID: what is
+	// accepted for a destination, packed and deleted lies side by side, on one
+	// page where the queue is short, and no second tree holds the rows. A batch
+	// is the front of each lane, so that freezing it is a change to dest
+	// (frozen) and none to its items. item_key finds what a new item replaces,
+	// and is clustered in the same way. It has no entry for what never merges.
+	//
+	// Small payloads lie in the item. Others are in body, once for all
+	// destinations, by a hash: payload is apart from body so that to count a
+	// reference writes a row of 30 bytes, and body is in order of insertion, so
+	// that a new one goes to the page that was written last. The triggers keep
+	// refs, for whatever deletes an item, and an admin's shell is no exception.
+	// A body has the number of the item that it came with.
+	`CREATE TABLE dest (
+		id      INTEGER PRIMARY KEY,
+		name    TEXT    NOT NULL UNIQUE,
+		txn     TEXT    NOT NULL,
+		touched INTEGER NOT NULL,
+		items   INTEGER NOT NULL,
+		oldest  INTEGER NOT NULL,
+		held    INTEGER NOT NULL,
+		kinds   BLOB    NOT NULL,
+		frozen  TEXT    NOT NULL
+	) STRICT;
+	CREATE TABLE payload (
+		hash BLOB    NOT NULL PRIMARY KEY,
+		body INTEGER NOT NULL,
+		refs INTEGER NOT NULL
+	) STRICT, WITHOUT ROWID;
+	CREATE TABLE body (
+		id    INTEGER PRIMARY KEY,
+		bytes BLOB    NOT NULL
+	) STRICT;
+	CREATE TABLE item (
+		dest     INTEGER NOT NULL,
+		lane     INTEGER NOT NULL,
+		seq      INTEGER NOT NULL,
+		kind     INTEGER NOT NULL,
+		accepted INTEGER NOT NULL,
+		lifetime INTEGER NOT NULL,
+		depth    INTEGER NOT NULL,
+		size     INTEGER NOT NULL,
+		key      BLOB,
+		hash     BLOB,
+		bytes    BLOB,
+		PRIMARY KEY (dest, lane, seq)
+	) STRICT, WITHOUT ROWID;
+	CREATE INDEX item_key ON item (dest, kind, key) WHERE key IS NOT NULL;
+	CREATE TRIGGER item_inserted AFTER INSERT ON item WHEN new.hash IS NOT NULL BEGIN
+		INSERT INTO payload VALUES (new.hash, new.seq, 1) ON CONFLICT DO UPDATE SET refs = refs + 1;
+	END;
+	CREATE TRIGGER item_deleted AFTER DELETE ON item WHEN old.hash IS NOT NULL BEGIN
+		UPDATE payload SET refs = refs - 1 WHERE hash = old.hash;
+		DELETE FROM body WHERE id = (SELECT body FROM payload WHERE hash = old.hash AND refs = 0);
+		DELETE FROM payload WHERE hash = old.hash AND refs = 0;
+	END;
+	CREATE TABLE aside (
+		id       INTEGER PRIMARY KEY,
+		dest     TEXT    NOT NULL,
+		kind     INTEGER NOT NULL,
+		accepted INTEGER NOT NULL,
+		at       INTEGER NOT NULL,
+		reason   TEXT    NOT NULL,
+		size     INTEGER NOT NULL,
+		bytes    BLOB    NOT NULL
+	) STRICT;`,
 }
 
 // migrate brings the file to schema len(steps), one transaction for each step,

@@ -30,6 +30,7 @@ type (
 	rawStmt interface {
 		driver.Stmt
 		driver.StmtExecContext
+		driver.StmtQueryContext
 	}
 )
 
@@ -52,11 +53,16 @@ func (c *conn) exec(ctx context.Context, query string) error {
 }
 
 // query calls row for each row of the result. The slice is reused.
-func (c *conn) query(ctx context.Context, query string, arg []driver.Value, row func([]driver.Value) error) (err error) {
+func (c *conn) query(ctx context.Context, query string, arg []driver.Value, row func([]driver.Value) error) error {
 	rows, err := c.raw.QueryContext(ctx, query, named(nil, arg))
 	if err != nil {
 		return err
 	}
+	return eachRow(ctx, rows, row)
+}
+
+// eachRow calls row for each of rows and closes them.
+func eachRow(ctx context.Context, rows driver.Rows, row func([]driver.Value) error) (err error) {
 	defer func() { err = errors.Join(err, rows.Close()) }()
 	vals := make([]driver.Value, len(rows.Columns()))
 	for {
@@ -106,6 +112,8 @@ func scan(vals []driver.Value, dst ...any) error {
 			*d, ok = v.(int64)
 		case *string:
 			*d, ok = v.(string)
+		case *[]byte:
+			*d, ok = v.([]byte)
 		default:
 			panic(fmt.Sprintf("store: cannot scan into %T", d))
 		}
@@ -153,6 +161,17 @@ func (s *stmt) exec(args ...driver.Value) (int64, error) {
 		return 0, err
 	}
 	return res.RowsAffected()
+}
+
+// query runs the statement and calls row for each row of the result, of which
+// the slice is reused. Like exec it takes no context.
+func (s *stmt) query(row func([]driver.Value) error, args ...driver.Value) error {
+	s.args = named(s.args[:0], args)
+	rows, err := s.raw.QueryContext(context.Background(), s.args)
+	if err != nil {
+		return err
+	}
+	return eachRow(context.Background(), rows, row)
 }
 
 func named(dst []driver.NamedValue, vals []driver.Value) []driver.NamedValue {

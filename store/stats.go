@@ -16,6 +16,8 @@ type Stats struct {
 	LastCommit time.Duration // of the last transaction, from BEGIN to the end of COMMIT
 	MaxCommit  time.Duration // the longest so far
 
+	Outbox OutboxTotals // what is stored
+
 	QueueLen   int   // batches that wait for the writer
 	QueueBytes int64 // their size
 	FileBytes  int64 // size of the main file
@@ -29,7 +31,7 @@ type counters struct {
 }
 
 // group counts a group of batches. Failed attempts count as no commit.
-func (c *counters) group(errs []error, rows, pruned int64, took time.Duration) {
+func (c *counters) group(errs []error, rows, pruned int64, took time.Duration, outbox OutboxTotals) {
 	failed := int64(0)
 	for _, err := range errs {
 		if err != nil {
@@ -42,6 +44,7 @@ func (c *counters) group(errs []error, rows, pruned int64, took time.Duration) {
 	c.s.Batches += int64(len(errs)) - failed
 	c.s.Rows += rows
 	c.s.Pruned += pruned
+	c.s.Outbox = outbox
 	if failed < int64(len(errs)) {
 		c.s.Commits++
 		c.s.LastCommit = took

@@ -17,6 +17,14 @@ const (
 	DefaultQueueLen   = 4096    // four full groups
 	DefaultQueueBytes = 4 << 20 // four of maxGroupBytes
 	DefaultMaxHosts   = 20000   // 3 MiB of file; the largest public rooms have 10,000 servers
+
+	DefaultMaxDestinations = DefaultMaxHosts
+	DefaultMaxDestItems    = 10000     // 200 full transactions
+	DefaultMaxDestBytes    = 16 << 20  // more than the largest transaction, 12.5 MiB
+	DefaultMaxItems        = 1000000   // 100 MB of file, of which most is keys
+	DefaultMaxFileBytes    = 512 << 20 // what an SD card can spare
+	DefaultMaxAside        = 1000
+	DefaultMaxAsideBytes   = 16 << 20
 )
 
 // Op names what Options.Fault is asked about.
@@ -49,6 +57,21 @@ type Options struct {
 	QueueBytes int64
 	// MaxHosts bounds the rows of the host table, DefaultMaxHosts.
 	MaxHosts int
+	// The bounds of the outbox, see ErrOutboxFull. MaxDestItems and MaxDestBytes
+	// are those of one destination, bytes being those of its items' payloads,
+	// shared ones included. MaxItems is that of all. MaxFileBytes bounds the
+	// main file, without its free pages, at which nothing more is accepted; it
+	// may be passed by what one group brings. MaxDestinations bounds the rows
+	// that are kept of destinations, pending or not. Each has a default.
+	MaxDestinations int
+	MaxDestItems    int
+	MaxDestBytes    int64
+	MaxItems        int
+	MaxFileBytes    int64
+	// MaxAside and MaxAsideBytes bound the items that are set aside: beyond
+	// them the oldest are deleted.
+	MaxAside      int
+	MaxAsideBytes int64
 	// Logger is told what no caller is waiting for; nil for nobody.
 	Logger *slog.Logger
 	// Fault is a seam for tests, nil in production. It is called right before
@@ -74,6 +97,9 @@ func (o *Options) check() error {
 	}{
 		{"CacheBytes", o.CacheBytes}, {"MaxGroup", int64(o.MaxGroup)}, {"QueueLen", int64(o.QueueLen)},
 		{"QueueBytes", o.QueueBytes}, {"MaxHosts", int64(o.MaxHosts)},
+		{"MaxDestinations", int64(o.MaxDestinations)}, {"MaxDestItems", int64(o.MaxDestItems)}, {"MaxDestBytes", o.MaxDestBytes},
+		{"MaxItems", int64(o.MaxItems)}, {"MaxFileBytes", o.MaxFileBytes}, {"MaxAside", int64(o.MaxAside)},
+		{"MaxAsideBytes", o.MaxAsideBytes},
 	} {
 		if n.val < 0 {
 			return fmt.Errorf("store: %s is %d", n.name, n.val)
@@ -84,6 +110,13 @@ func (o *Options) check() error {
 	fill(&o.QueueLen, DefaultQueueLen)
 	fill(&o.QueueBytes, DefaultQueueBytes)
 	fill(&o.MaxHosts, DefaultMaxHosts)
+	fill(&o.MaxDestinations, DefaultMaxDestinations)
+	fill(&o.MaxDestItems, DefaultMaxDestItems)
+	fill(&o.MaxDestBytes, DefaultMaxDestBytes)
+	fill(&o.MaxItems, DefaultMaxItems)
+	fill(&o.MaxFileBytes, DefaultMaxFileBytes)
+	fill(&o.MaxAside, DefaultMaxAside)
+	fill(&o.MaxAsideBytes, DefaultMaxAsideBytes)
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}

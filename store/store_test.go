@@ -18,6 +18,9 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv(crashChildEnv); path != "" {
 		crashChild(path)
 	}
+	if path := os.Getenv(crashOutboxEnv); path != "" {
+		crashOutboxChild(path)
+	}
 	os.Exit(m.Run())
 }
 
@@ -209,6 +212,7 @@ func TestSizesCoverWhatABatchHolds(t *testing.T) {
 	if n := unsafe.Sizeof(Host{}); n > hostBytes {
 		t.Errorf("a host takes %d bytes, counted as %d", n, hostBytes)
 	}
-	b := Batch{Hosts: []Host{{Name: "abc", Error: "12345"}}, Forget: []matrix.ServerName{"x", "yz"}}
-	want(t, "size", b.size(), int64(batchBytes+hostBytes+3+5+2*nameBytes+3))
+	op := &Hold{Destination: "abc"}
+	b := Batch{Hosts: []Host{{Name: "abc", Error: "12345"}}, Forget: []matrix.ServerName{"x", "yz"}, Outbox: []OutboxOp{op, op}}
+	want(t, "size", b.size(), int64(batchBytes+hostBytes+3+5+2*nameBytes+3+2*opBytes)+2*op.size())
 }

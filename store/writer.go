@@ -14,10 +14,11 @@ const maxGroupBytes = 1 << 20
 
 // writer is the only code that changes the database, used by one goroutine.
 type writer struct {
-	conn  *conn
-	path  string
-	fault func(Op) error
-	hosts *hostTable
+	conn   *conn
+	path   string
+	fault  func(Op) error
+	hosts  *hostTable
+	outbox *outbox
 
 	begin, commit, rollback *stmt
 	save, undo, release     *stmt
@@ -45,7 +46,10 @@ func newWriter(ctx context.Context, c *conn, o *Options) (*writer, error) {
 		*p.dst = s
 	}
 	var err error
-	w.hosts, err = newHostTable(ctx, c, int64(o.MaxHosts))
+	if w.hosts, err = newHostTable(ctx, c, int64(o.MaxHosts)); err != nil {
+		return nil, err
+	}
+	w.outbox, err = newOutbox(ctx, c, o)
 	return w, err
 }
 
@@ -68,7 +72,7 @@ func (s *Store) write() {
 		errs = append(errs[:0], make([]error, len(group))...)
 		began := time.Now()
 		rows, pruned := s.writer.store(group, errs)
-		s.counters.group(errs, rows, pruned, time.Since(began))
+		s.counters.group(errs, rows, pruned, time.Since(began), s.writer.outbox.totals)
 		for i, j := range group {
 			j.done(errs[i])
 		}
@@ -81,13 +85,12 @@ func (s *Store) write() {
 }
 
 // store stores the group in one transaction and sets in errs, which is all
-// nil, the error of each batch that was not stored. If the content of a batch
-// is to blame the transaction is done once more with a savepoint around each
+// nil, the error of each batch that was not stored. If a batch alone is refused the transaction is done once more with a savepoint around each
 // batch, which costs two statements for each and one fsync for all, where
 // trying them one by one would cost an fsync for each.
 func (w *writer) store(group []job, errs []error) (rows, pruned int64) {
 	rows, pruned, err := w.transact(group, nil)
-	if len(group) > 1 && errors.Is(err, ErrInvalid) {
+	if len(group) > 1 && refused(err) {
 		rows, pruned, err = w.transact(group, errs)
 	}
 	if err == nil {
@@ -101,9 +104,10 @@ func (w *writer) store(group []job, errs []error) (rows, pruned int64) {
 	return 0, 0
 }
 
-// transact is one attempt at a group. With errs, an invalid batch is taken
+// transact is one attempt at a group. With errs, a refused batch is taken
 // back alone and its error noted there; otherwise it ends the attempt.
 func (w *writer) transact(group []job, errs []error) (rows, pruned int64, err error) {
+	totals := w.outbox.totals
 	defer func() {
 		if err != nil {
 			// SQLite may have rolled back on its own, as it does when the
@@ -111,6 +115,7 @@ func (w *writer) transact(group []job, errs []error) (rows, pruned int64, err er
 			// for another reason the next BEGIN does too, and ends up here.
 			w.rollback.exec()
 			w.hosts.rolledBack()
+			w.outbox.totals = totals
 		}
 	}()
 	if err := w.step(OpBegin, w.begin); err != nil {
@@ -118,7 +123,7 @@ func (w *writer) transact(group []job, errs []error) (rows, pruned int64, err er
 	}
 	for i, j := range group {
 		n, err := w.applyOne(j.batch, errs != nil)
-		if errs != nil && errors.Is(err, ErrInvalid) {
+		if errs != nil && refused(err) {
 			errs[i], err = err, nil
 		}
 		if err != nil {
@@ -140,11 +145,13 @@ func (w *writer) applyOne(b *Batch, guarded bool) (int64, error) {
 	if _, err := w.save.exec(); err != nil {
 		return 0, classify("savepoint", w.path, err)
 	}
+	totals := w.outbox.totals
 	rows, err := w.apply(b)
 	if err != nil {
-		if !errors.Is(err, ErrInvalid) {
+		if !refused(err) {
 			return 0, err // the whole transaction goes, the savepoint with it
 		}
+		w.outbox.totals = totals
 		if _, err := w.undo.exec(); err != nil {
 			return 0, classify("undo batch", w.path, err)
 		}

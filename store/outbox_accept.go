@@ -1,0 +1,253 @@
+package store
+
+import (
+	"database/sql/driver"
+	"errors"
+	"fmt"
+
+	"fsbus/bus/matrix"
+)
+
+// Accept takes over a transaction of the homeserver for one destination.
+//
+// Items are merged with what waits for the destination and is not frozen, by the
+// rules of their kinds (matrix.Merge): what is replaced goes, and the new item
+// takes its place at the end of its lane.
+type Accept struct {
+	Destination matrix.ServerName
+	// TxnID is the homeserver's id of the transaction, at most MaxTxnID bytes. If
+	// it is that of the last one accepted for the destination, nothing
+	// changes. Only the last is known: a homeserver has one in flight. Empty: it
+	// is never taken for a repetition.
+	TxnID    string
+	Items    []matrix.Item
+	Accepted int64 // when
+
+	Result AcceptResult
+}
+
+// AcceptResult says what became of the items. Each is in one of the first three
+// numbers, unless Repeated.
+type AcceptResult struct {
+	Accepted   int // stored beside what was there
+	Merged     int // stored in place of another one
+	Duplicates int // copies of what is pending, dropped
+	Repeated   bool
+	// Destination is what is pending afterwards.
+	Destination Destination
+}
+
+// String says what a does, for errors.
+func (a *Accept) String() string { return fmt.Sprintf("accept for %q", a.Destination) }
+
+// acceptItemBytes is what an Item takes besides its strings, on 64-bit.
+const acceptItemBytes = 88
+
+func (a *Accept) size() int64 {
+	n := int64(384 + len(a.Destination) + len(a.TxnID))
+	for i := range a.Items {
+		it := &a.Items[i]
+		n += int64(acceptItemBytes + len(it.Key) + len(it.Group) + len(it.Payload))
+	}
+	return n
+}
+
+// check tells whether the items can be stored.
+func (a *Accept) check() error {
+	if len(a.TxnID) > MaxTxnID {
+		return fmt.Errorf("%w: a transaction id of %d bytes", ErrInvalid, len(a.TxnID))
+	}
+	for i := range a.Items {
+		if it := &a.Items[i]; it.Kind.Lane() == 0 || len(it.Payload) == 0 || it.Lifetime < 0 {
+			return fmt.Errorf("%w: an item of kind %d, %d bytes, lifetime %v", ErrInvalid, it.Kind, len(it.Payload), it.Lifetime)
+		}
+	}
+	return nil
+}
+
+func (a *Accept) apply(o *outbox) (int64, error) {
+	a.Result = AcceptResult{}
+	if err := a.check(); err != nil {
+		return 0, err
+	}
+	d, err := o.newDest(a.Destination)
+	if err != nil {
+		return 0, err
+	}
+	if a.TxnID != "" && a.TxnID == d.TxnID {
+		a.Result.Repeated, a.Result.Destination = true, d.Destination
+		return 0, nil
+	}
+	bytes := int64(0)
+	for i := range a.Items {
+		bytes += itemBytes + int64(len(a.Items[i].Payload))
+	}
+	if err := o.room(bytes); err != nil {
+		return 0, err
+	}
+	before, oldest := d.Kinds.Sum(), d.Oldest
+	m := merger{outbox: o, dest: d, result: &a.Result}
+	for i := range a.Items {
+		if err := m.add(&a.Items[i], a.Accepted); err != nil {
+			return 0, fmt.Errorf("item %d, %v: %w", i, a.Items[i].Kind, err)
+		}
+	}
+	if m.oldest != 0 && m.oldest == oldest {
+		if err := o.findOldest(d); err != nil {
+			return 0, err
+		}
+	}
+	d.TxnID = a.TxnID
+	if err := o.save(d); err != nil {
+		return 0, err
+	}
+	if err := o.bound(d, before); err != nil {
+		return 0, err
+	}
+	a.Result.Destination = d.Destination
+	return m.rows + 1, nil
+}
+
+// bound tells whether what d has is too much. Where it did not grow it is not, so
+// that merging goes on when a bound was lowered.
+func (o *outbox) bound(d *dest, before KindTotal) error {
+	now := d.Kinds.Sum()
+	if now.Bytes > before.Bytes && now.Bytes > o.opt.MaxDestBytes {
+		return fmt.Errorf("%w: %d bytes", ErrOutboxFull, now.Bytes)
+	}
+	if now.Items <= before.Items {
+		return nil
+	}
+	if now.Items > int64(o.opt.MaxDestItems) {
+		return fmt.Errorf("%w: %d items", ErrOutboxFull, now.Items)
+	}
+	if o.totals.Items > int64(o.opt.MaxItems) {
+		return fmt.Errorf("%w: %d items in all", ErrOutboxFull, o.totals.Items)
+	}
+	return nil
+}
+
+// merger adds items to one destination.
+type merger struct {
+	*outbox
+	dest   *dest
+	result *AcceptResult
+	rows   int64 // changed
+	oldest int64 // the time of the oldest item deleted
+}
+
+func (m *merger) add(it *matrix.Item, accepted int64) error {
+	key := itemKey(it)
+	var old *queued
+	if key != nil && it.Kind.Merge() != matrix.MergeKeep && it.Kind.Merge() != matrix.MergeNever {
+		var err error
+		if old, err = m.find(it.Kind, key); err != nil {
+			return err
+		}
+	}
+	if old != nil {
+		merged, replaces, err := m.merge(old, it)
+		if err != nil {
+			return err
+		}
+		if !replaces {
+			old = nil
+		} else {
+			if err := m.drop(m.dest, old); err != nil {
+				return err
+			}
+			m.rows++
+			if m.oldest == 0 || old.accepted < m.oldest {
+				m.oldest = old.accepted
+			}
+			changed := *it
+			changed.Payload = merged
+			it = &changed
+		}
+	}
+	stored, err := m.put(m.dest, it, key, accepted)
+	switch {
+	case err != nil:
+		return err
+	case !stored:
+		m.result.Duplicates++
+		return nil
+	case old != nil:
+		m.result.Merged++
+	default:
+		m.result.Accepted++
+	}
+	m.rows++
+	return nil
+}
+
+// find returns the newest item of the same kind and key that is not frozen, nil
+// if there is none.
+func (m *merger) find(kind matrix.Kind, key []byte) (old *queued, err error) {
+	lane := kind.Lane()
+	err = m.same.query(func(vals []driver.Value) error {
+		it, err := scanItem(vals)
+		old = &it
+		return err
+	}, m.dest.id, int64(kind), key, int64(lane), m.dest.frozen(lane))
+	return old, err
+}
+
+// merge returns the payload that takes the place of old's and it's. It may change
+// items between the two. If replaces is false both stay.
+func (m *merger) merge(old *queued, it *matrix.Item) (merged []byte, replaces bool, err error) {
+	switch it.Kind.Merge() {
+	case matrix.MergeFields:
+		merged, err := matrix.MergeSigningKeys(old.payload, it.Payload)
+		if errors.Is(err, matrix.ErrItem) {
+			return nil, false, nil
+		}
+		return merged, true, err
+	case matrix.MergeChain:
+		return m.relink(old, it)
+	}
+	return it.Payload, true, nil
+}
+
+// maxChain is how many lists of one user's devices are searched for those that
+// refer to one. Where more wait, old and new ones both stay: the work that one
+// item causes has a bound, and so has the queue.
+const maxChain = 100
+
+// relink takes old out of the chain of its user's device lists, of which it is
+// the last.
+func (m *merger) relink(old *queued, it *matrix.Item) (merged []byte, replaces bool, err error) {
+	first := append(make([]byte, 0, groupBytes+hashBytes), old.key[:groupBytes]...)
+	last := append(make([]byte, 0, groupBytes+hashBytes), first...)
+	for range hashBytes {
+		first, last = append(first, 0), append(last, 0xff)
+	}
+	var behind []queued
+	err = m.group.query(func(vals []driver.Value) error {
+		b, err := scanItem(vals)
+		behind = append(behind, b)
+		return err
+	}, m.dest.id, int64(it.Kind), first, last, old.seq, int64(maxChain+1))
+	if err != nil || len(behind) > maxChain {
+		return nil, false, err
+	}
+	merged, replaces, err = matrix.RelinkDeviceList(old.payload, it.Payload)
+	if errors.Is(err, matrix.ErrItem) {
+		return nil, false, nil
+	}
+	if !replaces {
+		merged = it.Payload
+	}
+	for i := range behind {
+		payload, refers, err := matrix.RelinkDeviceList(old.payload, behind[i].payload)
+		if !refers || err != nil {
+			continue
+		}
+		replaces = true
+		if err := m.rewrite(m.dest, &behind[i], payload); err != nil {
+			return nil, false, err
+		}
+		m.rows++
+	}
+	return merged, replaces, nil
+}
