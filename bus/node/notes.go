@@ -3,11 +3,8 @@ package node
 import (
 	"context"
 	"log/slog"
-	"maps"
-	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -91,70 +88,4 @@ func (n *notes) failed(a *attempt, f matrix.Failure, detail string) {
 func (n *notes) reply(in *netx.Inbound, err error) {
 	path, _, _ := strings.Cut(in.Target, "?")
 	n.write(slog.LevelWarn, "answer aborted", slog.String("destination", string(in.Destination)), slog.String("method", in.Method), slog.String("path", path), slog.Any("error", err))
-}
-
-// trouble is what makes /health say 503: faults of the bus itself, each until
-// the same thing has worked again or some time has passed.
-type trouble struct {
-	store atomic.Pointer[string]
-	full  atomic.Pointer[fault]
-}
-
-type fault struct {
-	at   time.Time
-	text string
-}
-
-// spoolTrouble is how long a full spool counts as trouble.
-const spoolTrouble = time.Minute
-
-func (t *trouble) commit(err error) {
-	if err == nil {
-		t.store.Store(nil)
-		return
-	}
-	text := "the store cannot be written: " + err.Error()
-	t.store.Store(&text)
-}
-
-func (t *trouble) spool(err error) {
-	t.full.Store(&fault{at: time.Now(), text: "no room for bodies: " + err.Error()})
-}
-
-// reason returns what is wrong now, or "".
-func (t *trouble) reason() string {
-	if s := t.store.Load(); s != nil {
-		return *s
-	}
-	if f := t.full.Load(); f != nil && time.Since(f.at) < spoolTrouble {
-		return f.text
-	}
-	return ""
-}
-
-// endpointCounts counts requests by endpoint. The names are those of the
-// endpoint table, so there is a bounded number of them.
-type endpointCounts struct {
-	mu sync.Mutex
-	n  map[string]int64
-}
-
-func (c *endpointCounts) count(name string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.n == nil {
-		c.n = make(map[string]int64)
-	}
-	c.n[name]++
-}
-
-// report lists the counts by name.
-func (c *endpointCounts) report() []CountReport {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	list := make([]CountReport, 0, len(c.n))
-	for _, name := range slices.Sorted(maps.Keys(c.n)) {
-		list = append(list, CountReport{name, c.n[name]})
-	}
-	return list
 }
