@@ -356,6 +356,34 @@ func TestSlowConnectsMakeRoomForOthers(t *testing.T) {
 	r.one("it was only slow", len(of[Reply](r.all)) == 1)
 }
 
+// Whoever asks in the middle of a flood does not wait behind all of it.
+func TestLookupInAFloodIsNotLast(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.Workers, c.Unknown, c.Failing = 16, 8, 2 })
+	for i := range 500 {
+		r.profile(matrix.ServerName(fmt.Sprintf("h%d.test", i)), 1)
+	}
+	finish := func() Send { // the oldest attempt ends, another begins
+		ops := of[Send](r.all)
+		for _, s := range ops {
+			if c := r.m.ops[s.Op]; c != nil {
+				r.step(Connected{s.Op})
+				r.answer(s.Op, 200)
+				break
+			}
+		}
+		sends := of[Send](r.all)
+		return sends[len(sends)-1]
+	}
+	r.pass(2 * time.Second)
+	mine := r.profile("h400.test", 2) // behind another of the same host
+	for range 3 {
+		if finish().Req == mine {
+			return
+		}
+	}
+	t.Errorf("the newest of 501 look-ups had none of three turns")
+}
+
 // A join finds a worker while slow lookups and presence hold all they may.
 func TestJoinGoesFirst(t *testing.T) {
 	r := newRig(t, func(c *Config) { c.Workers, c.Unknown, c.Failing = 16, 16, 1 })

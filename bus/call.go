@@ -38,6 +38,7 @@ type call struct {
 	leader   ReqID // whose request is sent
 	waiters  []*request
 	queued   sched.Time
+	newest   bool // its turn was the newest's
 	phase    phase
 
 	// Of the present attempt.

@@ -113,6 +113,12 @@ const (
 	// and so on. Never a join's.
 	ageStep = 2 * time.Second
 
+	// pressed is how long a look-up waits before every other turn of its class
+	// goes to the one that came last. In a flood that outlasts the callers'
+	// time-outs the oldest are about to be given up anyway, and whoever asks
+	// now need not wait behind all of them.
+	pressed = time.Second
+
 	// margin is how long before the caller's time-out the bus answers, so that
 	// the answer arrives in time.
 	maxMargin = time.Second

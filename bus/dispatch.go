@@ -20,10 +20,17 @@ type lane struct {
 // enqueue puts a new call into its host's queue.
 func (m *Machine) enqueue(c *call) {
 	h := c.host
+	listed := h.listed[c.class]
 	h.queue[c.class].Push(c)
 	h.waiting[c.class]++
 	m.touch(h)
 	m.ready(h)
+	if c.class == matrix.ClassLookup && listed != numLanes && h.listed[c.class] == listed {
+		// Its host stands far ahead in the list. Let it be found at the end too.
+		if q := &m.lanes[listed].ready[c.class]; q.Len() < 2*int(m.cfg.MaxHosts) {
+			q.Push(h)
+		}
+	}
 }
 
 // compact drops calls that ended while they waited, once they are many.
@@ -47,6 +54,17 @@ func (h *host) head(class matrix.Class) *call {
 			return c
 		}
 		h.queue[class].Pop()
+	}
+}
+
+// last is head from the other end.
+func (h *host) last(class matrix.Class) *call {
+	for {
+		c, ok := h.queue[class].PeekBack()
+		if !ok || c.phase == phaseWaiting {
+			return c
+		}
+		h.queue[class].PopBack()
 	}
 }
 
@@ -76,27 +94,42 @@ func (m *Machine) ready(h *host) {
 	}
 }
 
-// peek returns the call whose turn is next in a class of a lane, dropping
-// entries that are out of date.
+// peek returns the call whose turn is next in a class of a lane: the oldest,
+// or for every other turn of pressed look-ups the newest.
 func (m *Machine) peek(l laneID, class matrix.Class) *call {
+	c := m.atEnd(l, class, false)
+	if c == nil || class != matrix.ClassLookup || !m.newestNext || m.now.Sub(c.queued) < pressed {
+		return c
+	}
+	return m.atEnd(l, class, true)
+}
+
+// atEnd returns the first call at one end of a list, dropping entries that are
+// out of date.
+func (m *Machine) atEnd(l laneID, class matrix.Class, newest bool) *call {
 	q := &m.lanes[l].ready[class]
+	peek, pop, call := q.Peek, q.Pop, (*host).head
+	if newest {
+		peek, pop, call = q.PeekBack, q.PopBack, (*host).last
+	}
 	for {
-		h, ok := q.Peek()
+		h, ok := peek()
 		if !ok {
 			return nil
 		}
 		if h.listed[class] == l {
-			if c := h.head(class); c != nil && h.lane(m.now) == l {
+			if c := call(h, class); c != nil && h.lane(m.now) == l {
 				if ok, _ := h.mayRun(class, m.cfg, m.now); ok {
+					c.newest = newest
 					return c
 				}
 			}
 			h.listed[class] = numLanes
-			q.Pop()
+			pop()
 			m.ready(h) // it may belong on another list, or wait for a moment
 			continue
 		}
-		q.Pop()
+		pop()
 	}
 }
 
@@ -166,18 +199,23 @@ func (m *Machine) dispatch() {
 	}
 }
 
-// begin gives a worker to the call, which is the first of its host's queue.
+// begin gives a worker to the call, which is at one end of its host's queue.
 func (m *Machine) begin(c *call) {
 	h := c.host
-	got, _ := h.queue[c.class].Pop()
-	if got != c {
-		panic(fmt.Sprintf("bus: the call to start at %s is not the first of its queue", h.Name))
+	c.lane = h.lane(m.now)
+	calls, hosts := h.queue[c.class].Pop, m.lanes[c.lane].ready[c.class].Pop
+	if c.newest {
+		calls, hosts = h.queue[c.class].PopBack, m.lanes[c.lane].ready[c.class].PopBack
+	}
+	if got, _ := calls(); got != c {
+		panic(fmt.Sprintf("bus: the call to start at %s is not at the end of its queue", h.Name))
+	}
+	if c.class == matrix.ClassLookup {
+		m.newestNext = !c.newest
 	}
 	h.waiting[c.class]--
-	c.lane = h.lane(m.now)
 	// Behind the others of its list: each host has its turn.
-	q := &m.lanes[c.lane].ready[c.class]
-	q.Pop()
+	hosts()
 	h.listed[c.class] = numLanes
 
 	h.limiter.ReserveN(m.now.Std(), 1) // joins and events may leave the others in debt

@@ -27,6 +27,8 @@ type Machine struct {
 	lanes   [numLanes]lane
 	turns   *sched.Stride
 
+	newestNext bool // of pressed look-ups
+
 	workers     sched.Gauge
 	maxRequests sched.Slots
 	running     [matrix.NumClasses + 1]sched.Slots

@@ -38,6 +38,27 @@ func (q *FIFO[T]) Peek() (v T, ok bool) {
 	return q.ring[q.head], true
 }
 
+// PeekBack returns the last element; ok is false when there is none.
+func (q *FIFO[T]) PeekBack() (v T, ok bool) {
+	if q.n == 0 {
+		return v, false
+	}
+	return q.ring[(q.head+q.n-1)%len(q.ring)], true
+}
+
+// PopBack removes and returns the last element; ok is false when there is none.
+func (q *FIFO[T]) PopBack() (v T, ok bool) {
+	if q.n == 0 {
+		return v, false
+	}
+	var zero T
+	i := (q.head + q.n - 1) % len(q.ring)
+	v, q.ring[i] = q.ring[i], zero
+	q.n--
+	q.shrink()
+	return v, true
+}
+
 // Pop removes and returns the first element; ok is false when there is none.
 func (q *FIFO[T]) Pop() (v T, ok bool) {
 	if q.n == 0 {
@@ -47,10 +68,14 @@ func (q *FIFO[T]) Pop() (v T, ok bool) {
 	v, q.ring[q.head] = q.ring[q.head], zero
 	q.head = (q.head + 1) % len(q.ring)
 	q.n--
+	q.shrink()
+	return v, true
+}
+
+func (q *FIFO[T]) shrink() {
 	if len(q.ring) > 64 && q.n < len(q.ring)/4 {
 		q.resize(len(q.ring) / 2)
 	}
-	return v, true
 }
 
 func (q *FIFO[T]) resize(size int) {

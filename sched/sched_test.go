@@ -141,7 +141,14 @@ func TestFIFOAgreesWithASlice(t *testing.T) {
 		var q FIFO[int]
 		var model []int
 		for i := range 2000 {
-			switch n := rng.IntN(10); {
+			switch n := rng.IntN(11); {
+			case n == 10:
+				peek, ok1 := q.PeekBack()
+				got, ok2 := q.PopBack()
+				if ok1 != ok2 || ok1 != (len(model) > 0) || ok1 && (peek != got || got != model[len(model)-1]) {
+					t.Fatalf("seed %d: PeekBack %d %t, PopBack %d %t, want the last of %v", seed, peek, ok1, got, ok2, model)
+				}
+				model = model[:max(0, len(model)-1)]
 			case n < 4:
 				q.Push(i)
 				model = append(model, i)
