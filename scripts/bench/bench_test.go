@@ -1,0 +1,102 @@
+package main
+
+import (
+	"encoding/json"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"fsbus/scripts/fedload"
+	"fsbus/scripts/fedsim/sim"
+	"fsbus/scripts/rig"
+)
+
+func TestMedianOfRounds(t *testing.T) {
+	var r result
+	r.begin("one")
+	for _, v := range []float64{5, 1, 3} {
+		r.add("odd", "ms", v)
+	}
+	for _, v := range []float64{4, 1} {
+		r.add("even", "ms", v)
+	}
+	if odd, even := r.median("odd"), r.median("even"); odd != 3 || even != 2.5 {
+		t.Errorf("medians %v and %v", odd, even)
+	}
+	if table := r.table("one"); !strings.Contains(table, "odd") || !strings.Contains(table, "2.500") {
+		t.Error(table)
+	}
+}
+
+func TestBounds(t *testing.T) {
+	var r result
+	r.begin("one")
+	r.atMost("equal", 2, 2, "s")
+	r.atMost("above", 2.1, 2, "s")
+	r.atLeast("equal", 2, 2, "s")
+	r.atLeast("below", 1.9, 2, "s")
+	if got := r.missed(); got != 2 {
+		t.Errorf("%d missed, want 2", got)
+	}
+	if text := r.bounds(); !strings.Contains(text, "MISSED  above: 2.100 s, wanted at most 2\n") || !strings.Contains(text, "4 bounds, 2 missed") {
+		t.Error(text)
+	}
+}
+
+func TestDigits(t *testing.T) {
+	for v, want := range map[float64]string{0: "0", 3: "3", 0.1234: "0.123", -0.5: "-0.500", 12.345: "12.35", 123.45: "123.5", 12345.6: "12346"} {
+		if got := digits(v); got != want {
+			t.Errorf("%v: %s, want %s", v, got, want)
+		}
+	}
+}
+
+func TestTargetsAreTakenFromBothEnds(t *testing.T) {
+	targets := []target{{name: "a"}, {name: "b"}, {name: "c"}}
+	if got := inTurn(targets, 0)[0].name + inTurn(targets, 1)[0].name + targets[0].name; got != "aca" {
+		t.Error(got)
+	}
+}
+
+// What is compared with must do the work: signatures arrive as they were.
+func TestNaiveProxyCarriesRequests(t *testing.T) {
+	f, err := rig.NewFederation(t.TempDir(), sim.Config{Servers: 2, Seed: 1, Shares: sim.Shares{sim.Dead: 0.5}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	handler, err := newNaiveProxy(f.CAFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handler.transport.CloseIdleConnections()
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: handler}
+	go server.Serve(l)
+	defer server.Close()
+
+	client := fedload.NewHook("unix:"+socket, naiveSecret, f.From)
+	well, dead := f.NamesOf(sim.Well)[0], f.NamesOf(sim.Dead)[0]
+	presence := f.From.Presence("a", "online", "")
+	for _, test := range []struct {
+		client *fedload.Client
+		r      *fedload.Request
+		status int
+	}{
+		{client, fedload.Lookup(well, "user"), 200},
+		{client, fedload.Send(f.From.Name, well, "1", time.UnixMilli(1), nil, []json.RawMessage{presence}), 200},
+		{client, fedload.Lookup(dead, "user"), 502},
+		{fedload.NewHook("unix:"+socket, "wrong", f.From), fedload.Lookup(well, "user"), 407},
+	} {
+		if res := test.client.Do(t.Context(), test.r); res.Err != nil || res.Status != test.status {
+			t.Errorf("%s %s: %+v, want %d", test.r.Method, test.r.Target, res, test.status)
+		}
+	}
+}

@@ -1,0 +1,155 @@
+// Command bench measures fsbus in one run on one machine: against a naive proxy
+// that does the same work without any limit, and against no proxy at all.
+//
+//	go run ./scripts/bench                        everything, about 8 minutes
+//	go run ./scripts/bench -run 'overhead|large'  some of it
+//	go run ./scripts/bench -json result.json      with every round, for comparisons
+//
+// The simulated servers, the homeserver's part and the proxies share the machine,
+// so times and rates tell little by themselves. What is compared is measured in
+// turns, A B C A B C, many times over, so that a machine that is now faster and
+// now slower is so for all; of the rounds the median counts, and the least and
+// the most are shown.
+//
+// Exit codes: 0 all bounds are kept, 1 one is missed or something failed, 2 used
+// wrongly.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"time"
+
+	"fsbus/scripts/rig"
+)
+
+func main() {
+	if len(os.Args) > 1 && os.Args[1] == naiveCommand {
+		os.Exit(naive(os.Args[2:]))
+	}
+	os.Exit(run())
+}
+
+// needFiles is what the storms take: a listening socket for each server, and in
+// this process one end of every connection of the homeserver's, and one of each
+// that the naive proxy opens to a server.
+const needFiles = 3*stormServers + 500
+
+// bench is one run.
+type bench struct {
+	dir    string
+	fsbus  []string // the command
+	self   string   // this program, for the naive proxy
+	result result
+	runs   int // makes names of folders
+}
+
+// scenarios are run in this order.
+var scenarios = []struct {
+	name  string
+	about string
+	run   func(context.Context, *bench) error
+}{
+	{"idle", "a bus with nothing to do, and the size of the program", idle},
+	{"overhead", "small lookups one after another to servers that are connected", overhead},
+	{"throughput", "small lookups 64 at a time to 200 servers that are connected", throughput},
+	{"large", "an answer of 100 MiB", large},
+	{"storm-send", "a transaction for each of 4,000 servers, a third of them dead, at once", stormSend},
+	{"storm-lookups", "a lookup for each of 4,000 servers, a third of them dead, at once", stormLookups},
+}
+
+func run() int {
+	which := flag.String("run", "", "only scenarios whose name matches this `regexp`")
+	file := flag.String("json", "", "write the figures to this `file`")
+	parent := flag.String("dir", ".demo", "the `folder` for all that is written meanwhile; it is removed")
+	fsbus := flag.String("fsbus", "", "the `command` that is fsbus, words separated by spaces (default: build it)")
+	flag.Parse()
+	match, err := regexp.Compile(*which)
+	if err != nil || flag.NArg() > 0 {
+		fmt.Fprintf(os.Stderr, "bench: used wrongly: %v %q\n", err, flag.Args())
+		return 2
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	b := &bench{fsbus: strings.Fields(*fsbus)}
+	err = b.all(ctx, *parent, match)
+	if err == nil && *file != "" {
+		err = b.result.write(*file)
+	}
+	if err != nil {
+		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+			err = errors.New("stopped")
+		}
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		return 1
+	}
+	fmt.Print(b.result.bounds())
+	if b.result.missed() > 0 {
+		return 1
+	}
+	return 0
+}
+
+// all runs the scenarios that match.
+func (b *bench) all(ctx context.Context, parent string, match *regexp.Regexp) error {
+	if err := rig.InRepository(); err != nil {
+		return err
+	}
+	if err := rig.NeedFiles(needFiles); err != nil {
+		return err
+	}
+	var err error
+	if b.self, err = os.Executable(); err != nil {
+		return err
+	}
+	if b.dir, err = rig.Workspace(parent); err != nil {
+		return err
+	}
+	defer func() {
+		os.RemoveAll(b.dir)
+		os.Remove(parent) // if it is empty
+	}()
+	if len(b.fsbus) == 0 {
+		binary := filepath.Join(b.dir, "fsbus")
+		if err := rig.Build(ctx, binary); err != nil {
+			return err
+		}
+		b.fsbus = []string{binary}
+	}
+	b.result.Machine = machine()
+	fmt.Println(b.result.Machine)
+	ran := 0
+	for _, s := range scenarios {
+		if !match.MatchString(s.name) {
+			continue
+		}
+		ran++
+		b.result.begin(s.name)
+		fmt.Printf("\n%s: %s\n", strings.ToUpper(s.name), s.about)
+		start := time.Now()
+		if err := s.run(ctx, b); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+		fmt.Print(b.result.table(s.name))
+		fmt.Printf("  (took %.0f s)\n", time.Since(start).Seconds())
+	}
+	if ran == 0 {
+		return fmt.Errorf("no scenario matches %q", match)
+	}
+	return nil
+}
+
+// folder returns a new folder for one process.
+func (b *bench) folder() (string, error) {
+	b.runs++
+	dir := filepath.Join(b.dir, fmt.Sprint(b.runs))
+	return dir, os.Mkdir(dir, 0o755)
+}
