@@ -279,6 +279,15 @@ type Reader struct {
 	closed bool // guarded by body.mu
 }
 
+// whole returns the whole body if it is complete, in memory, and nothing of it
+// has been read yet.
+func (r *Reader) whole() ([]byte, bool) {
+	if r.off > 0 {
+		return nil, false
+	}
+	return r.body.Bytes()
+}
+
 // Read blocks until there are bytes, the body ends, or the Reader is closed.
 // Its error is io.EOF at the end of a complete body, what CloseWrite was given
 // at the end of an incomplete one, or ErrReaderClosed.

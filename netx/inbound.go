@@ -150,7 +150,13 @@ func (in *Inbound) Reply(status int, header http.Header, body []byte) error {
 // not notice that the client went away.
 func (in *Inbound) Stream(status int, header http.Header, size int64, body io.Reader) error {
 	return in.answer(status, func(w *answerWriter) error {
-		if err := w.send(answerHead(status, header, framing(in.Method, status, size))); err != nil {
+		head := answerHead(status, header, framing(in.Method, status, size))
+		if r, ok := body.(*Reader); ok && bodyAllowed(in.Method, status) {
+			if b, whole := r.whole(); whole && int64(len(b)) == size {
+				return w.send(head, b) // one system call instead of two, and one for the client
+			}
+		}
+		if err := w.send(head); err != nil {
 			return err
 		}
 		if size == 0 || !bodyAllowed(in.Method, status) {
