@@ -163,6 +163,23 @@ func TestFirstRequestToAHostIsThePreflightOfTheOthers(t *testing.T) {
 	r.one("the connection lets the next one go; lookups use two of four places", len(of[Send](r.last)) == 1)
 }
 
+// A host that nobody has talked to has its whole burst to spend.
+func TestFirstRequestToAHostDoesNotWaitForItsRate(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.HostRate, c.HostBurst = 0.1, 3 })
+	r.profile("h.test", 1)
+	op := r.sent().Op
+	r.step(Connected{op})
+	r.answer(op, 200)
+	for i := range 2 {
+		r.profile("h.test", 2+i)
+		r.answer(r.sent().Op, 200)
+	}
+	r.profile("h.test", 9)
+	r.one("the fourth waits", len(of[Send](r.last)) == 0)
+	r.pass(9 * time.Second)
+	r.one("until its caller's time is nearly up", len(of[Send](r.all)) == 3)
+}
+
 func TestDeadHostAnswersItsWholeQueueAtOnce(t *testing.T) {
 	r := newRig(t, nil)
 	r.profile("h.test", 1)

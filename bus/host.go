@@ -49,9 +49,8 @@ func (m *Machine) newHost(name matrix.ServerName) *host {
 	if len(m.hosts) >= int(m.cfg.MaxHosts) {
 		m.forgetHost()
 	}
-	h := &host{limiter: rate.NewLimiter(0, 0)}
+	h := &host{limiter: rate.NewLimiter(rate.Limit(m.cfg.HostRate), int(m.cfg.HostBurst))}
 	h.Name = name
-	h.limit(m.cfg)
 	for c := range h.listed {
 		h.listed[c] = numLanes
 	}
@@ -60,10 +59,10 @@ func (m *Machine) newHost(name matrix.ServerName) *host {
 	return h
 }
 
-// limit sets the host's rate.
-func (h *host) limit(cfg Config) {
-	h.limiter.SetLimit(rate.Limit(cfg.HostRate))
-	h.limiter.SetBurst(int(cfg.HostBurst))
+// limit changes the host's rate.
+func (h *host) limit(cfg Config, now sched.Time) {
+	h.limiter.SetLimitAt(now.Std(), rate.Limit(cfg.HostRate))
+	h.limiter.SetBurstAt(now.Std(), int(cfg.HostBurst))
 }
 
 // forgetHost makes room by dropping a host that has long been idle, rather one

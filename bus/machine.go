@@ -110,7 +110,7 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 	case Reconfigured:
 		m.configure(ev.Config)
 		for _, h := range m.hosts { // order does not matter: each is set to the same limits
-			h.limit(m.cfg)
+			h.limit(m.cfg, m.now)
 		}
 	case Draining:
 		m.draining = true

@@ -166,6 +166,11 @@ func (b *Body) ReadFrom(r io.Reader) (int64, error) {
 	var total int64
 	for {
 		n, err := r.Read(buf[:])
+		for total > gatherAfter && err == nil && n < len(buf) {
+			var more int
+			more, err = r.Read(buf[n:])
+			n += more
+		}
 		if n > 0 {
 			if _, werr := b.Write(buf[:n]); werr != nil {
 				return total, werr
@@ -407,6 +412,11 @@ func (r *Reader) Close() error {
 // enough that a 100 MB answer costs few system calls, small enough for a
 // buffer per connection that is being read or answered.
 const copyBufSize = 32 << 10
+
+// gatherAfter is how much of a body is written as it comes. What comes later
+// is gathered, since a TLS record is half of a buffer and a write to a file is
+// what a large answer costs most.
+const gatherAfter = 1 << 20
 
 type copyBuf [copyBufSize]byte
 

@@ -139,6 +139,7 @@ type Front struct {
 	mu        sync.Mutex
 	listeners map[net.Listener]struct{}
 	reading   map[net.Conn]struct{} // whose request is not handed over yet
+	started   int                   // goroutines that read
 	closed    bool
 	waiting   []*Inbound // parked requests that the watcher looks after; Inbound.pos is the index
 	sweeping  bool       // the watcher runs
@@ -242,11 +243,7 @@ func (f *Front) accept(ln net.Listener) error {
 			f.mu.Lock()
 			f.reading[conn] = struct{}{}
 			f.mu.Unlock()
-			select {
-			case f.readers <- conn:
-			default:
-				go f.read(conn)
-			}
+			f.hand(conn)
 			continue
 		}
 		f.gate.leave(1, 1)
@@ -257,6 +254,30 @@ func (f *Front) accept(ln net.Listener) error {
 		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
 		f.errorLog.Do(func() { f.cfg.Logger.Error("a connection could not be accepted", "err", err) })
 		time.Sleep(pause)
+	}
+}
+
+// hand gives a connection to a goroutine that reads its request.
+func (f *Front) hand(conn net.Conn) {
+	select {
+	case f.readers <- conn:
+		return
+	default:
+	}
+	f.mu.Lock()
+	more := f.started < f.cfg.MaxReading
+	if more {
+		f.started++
+	}
+	f.mu.Unlock()
+	if more {
+		go f.read(conn)
+		return
+	}
+	select { // one is about to be free: it has handed its request over
+	case f.readers <- conn:
+	case <-f.quit:
+		f.drop(conn)
 	}
 }
 

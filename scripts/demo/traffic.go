@@ -58,9 +58,11 @@ var (
 // half accept them and are silent. A twentieth is busy and limits the rate.
 var shares = sim.Shares{sim.Dead: 1. / 6, sim.Hanging: 1. / 6, sim.Limited: 1. / 20}
 
+// So few that every live server's answer can come in the 10 s that Synapse waits
+// for one, with half of that to spare.
 const (
-	usersOfServer  = 2
-	usersOfLimited = 12 // more than such a server answers in a second
+	usersOfServer  = 1
+	usersOfLimited = 10 // more than such a server answers in a second
 )
 
 // tally is what became of the requests of one sort.
