@@ -19,7 +19,6 @@ type Pool[J any] struct {
 	jobs  chan J
 	alive atomic.Int32
 	ended chan struct{} // closed when the last goroutine has
-	busy  atomic.Int32
 	size  int
 }
 
@@ -43,8 +42,6 @@ func NewPool[J any](size, queue int, run func(J), ended func(J, error)) *Pool[J]
 }
 
 func (p *Pool[J]) one(j J, run func(J), ended func(J, error)) {
-	p.busy.Add(1)
-	defer p.busy.Add(-1)
 	defer func() {
 		if r := recover(); r != nil {
 			panics.Add(1)
@@ -63,12 +60,6 @@ func (p *Pool[J]) Submit(j J) {
 		panic(fmt.Sprintf("sched: pool of %d has %d jobs waiting and was given another", p.size, len(p.jobs)))
 	}
 }
-
-// Busy returns how many goroutines are running a job.
-func (p *Pool[J]) Busy() int { return int(p.busy.Load()) }
-
-// Size returns the number of goroutines.
-func (p *Pool[J]) Size() int { return p.size }
 
 // Close waits until the queued jobs have finished and the goroutines have
 // ended, or until ctx ends. No Submit may follow.

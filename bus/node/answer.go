@@ -29,7 +29,6 @@ type replyCounts struct {
 
 // write writes one answer. It runs on a replier.
 func (n *Node) write(a answer) {
-	defer n.answering.Add(-1)
 	var err error
 	if a.refusal != nil {
 		err = a.in.Reply(a.refusal.Status, nil, refusalBody(a.refusal))

@@ -30,7 +30,6 @@ func (n *Node) execute(effects []bus.Effect) {
 			n.reply(e)
 		case bus.Refuse:
 			in := n.ended(e.Req)
-			n.answering.Add(1)
 			n.small.Submit(answer{in: in, refusal: &e})
 		case bus.Free:
 			h := n.requests[e.Req]
@@ -81,7 +80,6 @@ func (n *Node) reply(e bus.Reply) {
 	a := n.attempts[e.Op]
 	in := n.ended(e.Req)
 	a.body.Retain()
-	n.answering.Add(1)
 	job := answer{in: in, from: a, reader: a.body.Reader()}
 	if a.body.Complete() && a.body.Size() <= smallReply || a.size >= 0 && a.size <= smallReply {
 		n.small.Submit(job)

@@ -63,7 +63,6 @@ type Node struct {
 	requests map[bus.ReqID]*held
 	attempts map[bus.OpID]*attempt
 
-	answering atomic.Int64 // replies not yet written
 	replies   replyCounts
 	endpoints endpointCounts
 	notable   *notes
