@@ -33,8 +33,6 @@ type Adjusted struct {
 	Flush   bool
 }
 
-func (Adjusted) event() {}
-
 // QueueStatus is the queue of one destination at one moment, for people.
 type QueueStatus struct {
 	Name matrix.ServerName

@@ -24,14 +24,21 @@ type phase uint8
 const (
 	phaseWaiting  phase = iota // in its host's queue
 	phaseIntent                // holds a worker; the intent to try is being stored
+	phasePacking               // holds a worker; its transaction is being packed
 	phaseRunning               // sent, no answer yet
 	phaseAnswered              // the answer's headers are there
 	phaseEnded                 // answered, refused or dropped
 )
 
-// call is the work that one or more equal requests wait for.
+// call is the work that one or more equal requests wait for, or that a queue of
+// the outbox does.
 type call struct {
 	key      Key
+	queue    *queue // of a delivery, which has no leader and no waiters
+	batch    BatchID
+	txn      TxnInfo
+	expire   *sched.Timer[timer] // when a delivery is given up
+	overdue  bool                // it was
 	host     *host
 	endpoint *matrix.Endpoint
 	class    matrix.Class
@@ -72,7 +79,7 @@ func (m *Machine) arrived(a Arrived) {
 		m.stats.Shared++
 		m.answerNew(a, running.op)
 		return
-	case len(m.reqs) >= int(m.cfg.MaxRequests):
+	case m.waiting() >= int(m.cfg.MaxRequests):
 		m.refuseNew(a, 503, matrix.MUnknown, "fsbus: too many requests are waiting", 0)
 		return
 	case running != nil:
@@ -111,7 +118,7 @@ func (m *Machine) wait(c *call, a Arrived) {
 	r := &request{id: a.Req, call: c, received: a.Received, deadline: deadline(a)}
 	r.timer = m.timers.Set(r.deadline, timer{req: r})
 	m.reqs[r.id] = r
-	m.maxRequests = max(m.maxRequests, sched.Slots(len(m.reqs)))
+	m.maxRequests = max(m.maxRequests, sched.Slots(m.waiting()))
 	c.waiters = append(c.waiters, r)
 }
 
@@ -171,6 +178,8 @@ func failureText(f matrix.Failure, status int) string {
 		return "answer is not HTTP"
 	case matrix.FailBlocked:
 		return "its address is on the block-list"
+	case matrix.FailContent:
+		return "answered, but not as a Matrix server"
 	case matrix.FailCancelled:
 		return "not reached in time"
 	}
@@ -249,6 +258,10 @@ func (m *Machine) detach(r *request) {
 // dropped, work that may be cut short is cancelled, and the rest runs on until
 // its caller would have given up: the remote may be acting on it already.
 func (m *Machine) gone(id ReqID) {
+	if of := m.outbox.offers[id]; of != nil {
+		m.offerGone(id, of)
+		return
+	}
 	r := m.reqs[id]
 	if r == nil {
 		return // answered while the news was on its way
@@ -358,13 +371,14 @@ func (m *Machine) connected(c *call) {
 	h.NextTry = 0
 	m.promote(c)
 	m.ready(h)
+	m.wake(h)
 }
 
 // promote counts an attempt among those at proven hosts, once its host has
 // shown that it is there: the few workers for others are for finding that out.
 func (m *Machine) promote(c *call) {
 	if c.lane != laneProven {
-		m.release(c)
+		m.giveBack(c)
 		c.lane = laneProven
 		m.hold(c)
 	}
@@ -390,7 +404,7 @@ func (m *Machine) answered(c *call, ev Answered) {
 			wait = pause
 		}
 		h.pausedUntil = max(h.pausedUntil, m.now.Add(wait))
-		if c.endpoint.Repeat && m.canWait(c, h.pausedUntil) {
+		if c.queue == nil && c.endpoint.Repeat && m.canWait(c, h.pausedUntil) {
 			c.again = true
 			m.ready(h)
 			return
@@ -423,15 +437,16 @@ func (m *Machine) done(c *call, ev Done) {
 	m.stats.Failures[ev.Failure]++
 	m.stats.BytesIn += ev.Size
 	delete(m.ops, c.op)
-	m.release(c)
-	h.inUse--
-	h.running[c.class]--
+	m.leaveHost(c)
 	m.timers.Stop(c.timer)
 	c.timer = nil
 	op, retry := c.op, c.retry && ev.Failure == matrix.FailCancelled && !(c.connected && c.endpoint.Once)
 	c.retry = false
 
 	switch {
+	case c.queue != nil:
+		m.emit(Discard{op})
+		m.delivered(c, ev, retry)
 	case c.phase == phaseAnswered:
 		if ev.Failure == matrix.FailNone && ev.Kept && m.cache.put(m, c, op, ev.Size) {
 			m.end(c)
@@ -459,14 +474,17 @@ func (m *Machine) done(c *call, ev Done) {
 	m.ready(h)
 }
 
-// doneUnanswered handles an attempt that ended before an answer came.
-func (m *Machine) doneUnanswered(c *call, ev Done) {
+// blame notes what an attempt that ended without an answer says about its host.
+func (m *Machine) blame(c *call, ev Done) {
 	h := c.host
 	f := ev.Failure
+	if c.overdue && f == matrix.FailCancelled {
+		f = matrix.FailTimeout
+	}
 	switch f {
 	case matrix.FailNone:
 		panic(fmt.Sprintf("bus: attempt %d at %s ended well without an answer", c.op, h.Name))
-	case matrix.FailLocal:
+	case matrix.FailLocal, matrix.FailContent:
 		// Says nothing about the host.
 	case matrix.FailCancelled:
 		// Cut short by us because the callers' time was up: a host that was
@@ -484,6 +502,12 @@ func (m *Machine) doneUnanswered(c *call, ev Done) {
 	default:
 		m.failed(h, f, ev.Detail, m.now)
 	}
+}
+
+// doneUnanswered handles an attempt that ended before an answer came.
+func (m *Machine) doneUnanswered(c *call, ev Done) {
+	h, f := c.host, ev.Failure
+	m.blame(c, ev)
 	status := 502
 	if f == matrix.FailTimeout || f == matrix.FailCancelled {
 		status = 504
@@ -523,6 +547,11 @@ func (m *Machine) refuseQueue(h *host) {
 				continue
 			}
 			h.waiting[class]--
+			if c.queue != nil {
+				m.leave(c.queue)
+				m.plan(c.queue)
+				continue
+			}
 			m.stats.FailedFast += int64(len(c.waiters))
 			m.lose(c, 502, text)
 			m.end(c)

@@ -32,6 +32,9 @@ func (m *Machine) Check() error {
 			count(c.call)
 		}
 	}
+	for _, c := range m.outbox.packs {
+		count(c)
+	}
 	if total != m.workers.Used || total > m.workers.Limit && total > m.workers.Max {
 		return fmt.Errorf("%d workers are in use, the gauge says %d of %d", total, m.workers.Used, m.workers.Limit)
 	}
@@ -83,13 +86,70 @@ func (m *Machine) Check() error {
 			return fmt.Errorf("a call to %s in phase %d (cancelled: %t) may still be joined", c.host.Name, c.phase, c.cancelled)
 		}
 	}
-	if len(m.hosts) > int(m.cfg.MaxHosts) || len(m.reqs) > int(m.cfg.MaxRequests) {
-		return fmt.Errorf("%d hosts of %d, %d requests of %d", len(m.hosts), m.cfg.MaxHosts, len(m.reqs), m.cfg.MaxRequests)
+	if len(m.hosts) > int(m.cfg.MaxHosts) || m.waiting() > int(m.cfg.MaxRequests) {
+		return fmt.Errorf("%d hosts of %d, %d requests of %d", len(m.hosts), m.cfg.MaxHosts, m.waiting(), m.cfg.MaxRequests)
 	}
 	if n := m.cache.recent.Len(); n > m.cache.maxEntries || m.cache.bytes > m.cache.maxBytes || n != len(m.cache.entries) {
 		return fmt.Errorf("cache: %d and %d entries of %d, %d bytes of %d", n, len(m.cache.entries), m.cache.maxEntries, m.cache.bytes, m.cache.maxBytes)
 	}
-	return nil
+	return m.checkOutbox()
+}
+
+// checkOutbox is Check for the outbox.
+func (m *Machine) checkOutbox() error {
+	o := &m.outbox
+	if o.pacer == nil {
+		return nil
+	}
+	var active sched.Slots
+	busy := 0
+	listed := 0
+	for name, q := range o.queues {
+		if q.name != name {
+			return fmt.Errorf("queue %s is filed under %s", q.name, name)
+		}
+		if c := q.call; c != nil {
+			active++
+			if c.queue != q || c.phase == phaseEnded || q.busy {
+				return fmt.Errorf("queue %s: its call is in phase %d and another's: %t, busy: %t", name, c.phase, c.queue != q, q.busy)
+			}
+		}
+		if q.busy {
+			busy++
+		}
+		if q.listed {
+			listed++
+		}
+		_, may := m.nextTry(q)
+		if may && q.call == nil && !q.busy && q.timer == nil && !q.listed {
+			return fmt.Errorf("queue %s: %d items wait for nothing", name, q.Total())
+		}
+	}
+	if active != o.active.Used || active > o.active.Limit && active > o.active.Max {
+		return fmt.Errorf("%d queues have a call, the gauge says %d of %d", active, o.active.Used, o.active.Limit)
+	}
+	sweeps := 0
+	for _, q := range o.trims {
+		if q == nil {
+			sweeps++
+		}
+	}
+	if busy != len(o.settles)+len(o.trims)-sweeps || sweeps > 1 {
+		return fmt.Errorf("%d queues are busy, the store settles %d and trims %d, sweeps %d", busy, len(o.settles), len(o.trims), sweeps)
+	}
+	if listed > 0 && o.active.Free() > 0 {
+		return fmt.Errorf("%d queues are in line while %d places are free", listed, o.active.Free())
+	}
+	stored := 0
+	for _, of := range o.offers {
+		if of.stored {
+			stored++
+		}
+	}
+	if held := len(o.pacer.held); held != stored {
+		return fmt.Errorf("%d answers are held, %d transactions are stored and not answered", held, stored)
+	}
+	return o.pacer.Check(m.now)
 }
 
 // live counts the calls of a class that wait.

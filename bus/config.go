@@ -44,6 +44,8 @@ type Config struct {
 	// requests to come. 0 keeps none.
 	CacheEntries int32
 	CacheBytes   sched.Bytes
+
+	Outbox OutboxConfig
 }
 
 // Default returns the limits that suit a board with four small cores.
@@ -83,8 +85,12 @@ func (c Config) Validate() error {
 		return fmt.Errorf("max_hosts is %d, it must be above the sum of connections (%d) and workers (%d)", c.MaxHosts, c.MaxRequests, c.Workers)
 	case c.CacheEntries < 0 || c.CacheBytes < 0:
 		return fmt.Errorf("the cache's limits are %d entries and %d bytes, neither may be negative", c.CacheEntries, c.CacheBytes)
+	case c.Outbox.MaxQueues == 0:
+		return nil
+	case int64(c.MaxHosts) <= int64(c.MaxRequests)+2*int64(c.Workers):
+		return fmt.Errorf("max_hosts is %d, it must be above the sum of connections (%d) and twice the workers (%d)", c.MaxHosts, c.MaxRequests, c.Workers)
 	}
-	return nil
+	return c.Outbox.Validate()
 }
 
 // What the classes get. A class gets turns in proportion to its weight, and

@@ -242,16 +242,21 @@ func (m *Machine) begin(c *call) {
 
 // start sends the call, unless nobody waits for it any more.
 func (m *Machine) start(c *call) {
-	h := c.host
-	if len(c.waiters) == 0 {
-		m.release(c)
-		h.inUse--
-		h.running[c.class]--
-		m.end(c)
-		m.touch(h)
-		m.ready(h)
+	if c.queue != nil {
+		m.startDelivery(c)
 		return
 	}
+	if len(c.waiters) == 0 {
+		m.unstart(c)
+		m.end(c)
+		return
+	}
+	m.transmit(c)
+}
+
+// transmit sends the call's request or transaction.
+func (m *Machine) transmit(c *call) {
+	h := c.host
 	m.nextOp++
 	c.op = m.nextOp
 	c.phase = phaseRunning
@@ -262,7 +267,21 @@ func (m *Machine) start(c *call) {
 	}
 	m.ops[c.op] = c
 	m.stats.Attempts++
-	m.emit(Send{Op: c.op, Req: c.leader, Dest: h.Name, Class: c.class})
+	m.emit(Send{Op: c.op, Req: c.leader, Batch: c.batch, Dest: h.Name, Class: c.class})
+}
+
+// unstart gives back what begin took for a call that is not sent.
+func (m *Machine) unstart(c *call) {
+	m.leaveHost(c)
+	m.touch(c.host)
+	m.ready(c.host)
+}
+
+// leaveHost gives back a call's worker and its place at its host.
+func (m *Machine) leaveHost(c *call) {
+	m.giveBack(c)
+	c.host.inUse--
+	c.host.running[c.class]--
 }
 
 func (m *Machine) hold(c *call) {
@@ -273,7 +292,8 @@ func (m *Machine) hold(c *call) {
 	ln.running[c.class]++
 }
 
-func (m *Machine) release(c *call) {
+// giveBack returns what hold took.
+func (m *Machine) giveBack(c *call) {
 	m.workers.Give()
 	m.running[c.class]--
 	ln := &m.lanes[c.lane]

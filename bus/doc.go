@@ -13,8 +13,13 @@
 //  2. Effects are executed in the order in which they stand.
 //  3. Each Send is answered by exactly one Done, after at most one Connected
 //     and one Answered; each Commit by exactly one Committed.
-//  4. A request's body is held until Free, an answer until Discard. Exactly one
-//     Free comes for each Arrived, one Discard for each Send.
+//  4. A request's body is held until Free, an answer until Discard, a packed
+//     transaction until Unpack. Exactly one Free comes for each Arrived and each
+//     Offered, one Discard for each Send, one Unpack for each Packed that has a
+//     transaction.
+//  5. Each Accept, Pack, Settle, Compact and Expire is answered by exactly one
+//     Accepted, Packed, Settled or Trimmed, in the order in which they took effect
+//     on disk, and that in the order of the effects.
 //
 // # A request's way
 //
@@ -48,10 +53,38 @@
 //
 // Config bounds requests, hosts, workers and the cache. A list of ready hosts
 // holds at most twice as many entries as there are hosts, a queue of calls at
-// most twice the live ones and sixteen.
+// most twice the live ones and sixteen. There are as many queues as destinations
+// with something pending, which the store bounds; those that have a call are
+// bounded so that lookups always find a place for their host.
+//
+// # The outbox
+//
+// A transaction of the homeserver is Offered, stored (Accept), and answered
+// (Acknowledge) when the Pacer says so: never before it is stored. What is pending
+// for a destination is a queue, which knows counts and ages, no items. When its
+// window is over and nothing holds it back it becomes a call like any other, of
+// the class of the best that it holds; so deliveries and requests share workers,
+// lanes and hosts. A worker packs (Pack), sends (Send) and is free; the outcome is
+// noted (Settle) before the next is packed:
+//
+//   - 200: delivered.
+//   - Nothing was sent: the transaction is taken apart again, so that what is
+//     pending goes on merging while the destination is away.
+//   - Anything else: it stays as it is, under its id, and is tried again after a
+//     back-off: the host's when it could not be reached, else the queue's own.
+//   - The same definite refusal again and again: its items are divided, until the
+//     one that is refused stands alone and is set aside. A destination that takes
+//     nothing at all is given a day for each.
+//
+// After an hour of failing only the newest events of each room stay (Compact).
+//
+//   - no Acknowledge before its Accepted, no Send before its Packed;
+//   - one transaction at a time for a destination, and it keeps its id and bytes
+//     until it is settled;
+//   - a queue with something pending has a call, a timer, a place in line, or
+//     waits for the store.
 //
 // # Paced acknowledgements
 //
-// Pacer decides when a stored transaction is answered. It stands by itself:
-// the outbox that feeds it is not part of the core yet.
+// Pacer decides when a stored transaction is answered, see there.
 package bus

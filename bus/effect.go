@@ -2,16 +2,19 @@ package bus
 
 import (
 	"fsbus/bus/matrix"
+	"fsbus/sched"
 )
 
 // Effect is something that the shell must do. The set is closed.
 type Effect interface{ effect() }
 
-// Send starts an attempt: the request held under Req goes to Dest. It is
-// answered by Done, after at most one Connected and one Answered.
+// Send starts an attempt: the request held under Req, or with Req 0 the
+// transaction packed under Batch, goes to Dest. It is answered by Done, after at
+// most one Connected and one Answered.
 type Send struct {
 	Op    OpID
 	Req   ReqID
+	Batch BatchID
 	Dest  matrix.ServerName
 	Class matrix.Class // who goes first where attempts must wait for each other
 }
@@ -50,6 +53,51 @@ type Commit struct {
 	Hosts []HostRecord
 }
 
+// Accept has the store take over the transaction held under Req. It is answered
+// by Accepted.
+type Accept struct{ Req ReqID }
+
+// Acknowledge tells the homeserver that its transaction is taken over. It comes
+// after Accepted, never before.
+type Acknowledge struct{ Req ReqID }
+
+// Pack has the store freeze the next transaction for Dest, under the id TxnID
+// unless one is frozen already, and is answered by Packed. The shell holds the
+// transaction under Batch until Unpack.
+type Pack struct {
+	Batch    BatchID
+	Dest     matrix.ServerName
+	TxnID    string
+	MaxBytes sched.Bytes
+}
+
+// Unpack lets go of a packed transaction: no Send will use it any more.
+type Unpack struct{ Batch BatchID }
+
+// Settle has the store note the outcome of a transaction and is answered by
+// Settled.
+type Settle struct {
+	Batch   BatchID
+	Dest    matrix.ServerName
+	TxnID   string
+	Outcome Outcome
+	Reason  string // of Bisect, for people
+}
+
+// Compact has the store give up the events that Dest need not get after a long
+// outage, and is answered by Trimmed.
+type Compact struct {
+	Batch BatchID
+	Dest  matrix.ServerName
+}
+
+// Expire has the store give up what has waited for too long, some destinations
+// at a time, and is answered by Trimmed.
+type Expire struct {
+	Batch BatchID
+	After int64 // where the last one ended, 0 at first
+}
+
 // Drained says that nothing is left to do after Draining.
 type Drained struct{}
 
@@ -61,3 +109,11 @@ func (Free) effect()    {}
 func (Discard) effect() {}
 func (Commit) effect()  {}
 func (Drained) effect() {}
+
+func (Accept) effect()      {}
+func (Acknowledge) effect() {}
+func (Pack) effect()        {}
+func (Unpack) effect()      {}
+func (Settle) effect()      {}
+func (Compact) effect()     {}
+func (Expire) effect()      {}

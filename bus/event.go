@@ -60,7 +60,83 @@ type Done struct {
 	Detail  string         // what went wrong, for people
 	Size    int64          // body bytes received
 	Kept    bool           // the whole body is in memory, so it may be cached
+
+	// Of a transaction of the outbox.
+	Sent      bool  // some of it may have reached the remote
+	PDUErrors int32 // events that the remote refuses, in a transaction that it has taken
 }
+
+// Offered: the homeserver sent a transaction that the outbox can take apart,
+// which the shell holds under its Req until Free.
+type Offered struct {
+	Req   ReqID
+	Dest  matrix.ServerName
+	Class matrix.Class // by its content
+	Pace  PaceTxn
+}
+
+// Accepted: the store has taken a transaction over, or has not. Exactly one
+// comes for each Accept.
+type Accepted struct {
+	Req        ReqID
+	Fault      AcceptFault
+	Detail     string                     // of the fault, for people
+	Repeated   bool                       // it had been stored before
+	Kinds      [matrix.NumKinds + 1]int32 // the items that it brought
+	Merged     int32                      // those of them that took the place of others
+	Duplicates int32                      // those of them that were pending already
+	Backlog    Backlog                    // what is pending for the destination now
+}
+
+// AcceptFault says why a transaction was not stored.
+type AcceptFault uint8
+
+// The reasons; the zero value is none.
+const (
+	AcceptedOK   AcceptFault = iota
+	AcceptedFull             // the outbox is at one of its bounds
+	AcceptedNot              // the store could not write it
+)
+
+// Packed: a transaction is frozen on disk, or could not be. Exactly one comes
+// for each Pack.
+type Packed struct {
+	Batch    BatchID
+	OK       bool
+	Txn      TxnInfo                    // its ID is empty if nothing was left to send
+	Expired  [matrix.NumKinds + 1]int32 // given up meanwhile
+	SetAside int32                      // could not be packed
+	Backlog  Backlog
+}
+
+// Settled: the outcome of a transaction is on disk, or could not be written.
+// Exactly one comes for each Settle.
+type Settled struct {
+	Batch     BatchID
+	OK        bool
+	Delivered [matrix.NumKinds + 1]int32
+	SetAside  int32
+	Backlog   Backlog
+}
+
+// Trimmed: what is of no use any more has been given up, or could not be.
+// Exactly one comes for each Compact and each Expire.
+type Trimmed struct {
+	Batch      BatchID
+	OK         bool
+	Superseded int32
+	Expired    [matrix.NumKinds + 1]int32
+	Changed    []QueueRecord // the destinations of which something was given up
+	Next       int64         // not 0: there is more to do, from there on
+}
+
+// Pressure: for what part of the last ten seconds some task of the host waited
+// for a processor, in 1/100 %.
+type Pressure struct{ Hundredths int32 }
+
+// Suspended: nothing may be delivered, for a reason in words; or, with none, it
+// may again.
+type Suspended struct{ Why string }
 
 // Committed: a commit is on disk, or could not be written. Exactly one comes
 // for each Commit.
@@ -70,13 +146,17 @@ type Committed struct {
 }
 
 // Restored: what the store knew when the process started. It comes first, once.
-type Restored struct{ Hosts []HostRecord }
+type Restored struct {
+	Hosts  []HostRecord
+	Queues []QueueRecord
+}
 
 // Reconfigured: new limits, already validated.
 type Reconfigured struct{ Config Config }
 
-// Draining: the process wants to end; no Arrived follows.
-type Draining struct{}
+// Draining: the process wants to end; no Arrived and no Offered follows. What is
+// stored has its answer by the moment By; no further delivery begins.
+type Draining struct{ By sched.Time }
 
 // Tick: the moment that NextWake named has come.
 type Tick struct{}
@@ -91,6 +171,14 @@ func (Restored) event()     {}
 func (Reconfigured) event() {}
 func (Draining) event()     {}
 func (Tick) event()         {}
+func (Offered) event()      {}
+func (Accepted) event()     {}
+func (Packed) event()       {}
+func (Settled) event()      {}
+func (Trimmed) event()      {}
+func (Pressure) event()     {}
+func (Suspended) event()    {}
+func (Adjusted) event()     {}
 
 // HostRecord is what is kept of a destination over a restart. Times are the
 // bus's; zero is "never".

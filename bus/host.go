@@ -66,18 +66,18 @@ func (h *host) limit(cfg Config, now sched.Time) {
 }
 
 // forgetHost makes room by dropping a host that has long been idle, rather one
-// that works than one whose back-off would be lost. A host whose record is
-// about to be written stays.
+// that works than one whose back-off would be lost, or whose record is about to
+// be written.
 func (m *Machine) forgetHost() {
-	var victim *host
+	victim := m.idle.first // if all are about to be written; it still will be
 	for h, seen := m.idle.first, 0; h != nil && seen < forgetScan; h = h.next {
 		if h.dirty {
 			continue
 		}
-		seen++
-		if victim == nil {
+		if seen == 0 {
 			victim = h
 		}
+		seen++
 		if h.Failures == 0 {
 			victim = h
 			break
@@ -171,6 +171,7 @@ func (m *Machine) succeeded(h *host, status int) {
 	if failed || old == 0 || m.now.Sub(h.stored) >= keepSuccess {
 		m.store(h)
 	}
+	m.wake(h)
 }
 
 // softFailed notes something that may be the host's fault or one request's

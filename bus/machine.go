@@ -36,6 +36,8 @@ type Machine struct {
 	dirty   []*host // whose records are to be stored, in order
 	writing bool    // a commit of dirty records is under way
 
+	outbox outbox
+
 	nextOp    OpID
 	nextBatch BatchID
 	draining  bool
@@ -44,11 +46,14 @@ type Machine struct {
 	stats Stats
 }
 
-// timer is what a moment is awaited for: one of the three.
+// timer is what a moment is awaited for: one of these.
 type timer struct {
-	req  *request // its caller is about to give up
-	host *host    // it may be sent to
-	call *call    // it should have connected by now
+	req    *request // its caller is about to give up
+	host   *host    // it may be sent to
+	call   *call    // it should have connected by now, or
+	expire bool     // ended
+	queue  *queue   // it may be sent
+	sweep  bool     // what has expired is looked for
 }
 
 // commit is a batch that is being written: for an attempt that may start once
@@ -72,6 +77,7 @@ func New(cfg Config, rng *rand.Rand) *Machine {
 		weights = append(weights, c.weight)
 	}
 	m.turns = sched.NewStride(weights)
+	m.outbox.init(rng.Uint64())
 	m.configure(cfg)
 	return m
 }
@@ -86,6 +92,7 @@ func (m *Machine) configure(cfg Config) {
 	m.lanes[laneUnknown].slots.Limit = cfg.Unknown
 	m.lanes[laneFailing].slots.Limit = cfg.Failing
 	m.cache.maxEntries, m.cache.maxBytes = int(cfg.CacheEntries), int64(cfg.CacheBytes)
+	m.configureOutbox()
 }
 
 // Step handles one event at the moment now, with whatever has become due by
@@ -107,6 +114,7 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 		m.committed(ev)
 	case Restored:
 		m.restored(ev.Hosts)
+		m.restoreQueues(ev.Queues)
 	case Reconfigured:
 		m.configure(ev.Config)
 		for _, h := range m.hosts { // order does not matter: each is set to the same limits
@@ -114,14 +122,37 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 		}
 	case Draining:
 		m.draining = true
+		if m.outbox.pacer != nil {
+			m.outbox.pacer.Drain(ev.By)
+		}
+	case Offered:
+		m.offered(ev)
+	case Accepted:
+		m.accepted(ev)
+	case Packed:
+		m.packed(ev)
+	case Settled:
+		m.settled(ev)
+	case Trimmed:
+		m.trimmed(ev)
+	case Adjusted:
+		m.adjusted(ev)
+	case Suspended:
+		m.suspend(ev.Why)
+	case Pressure:
+		if m.outbox.pacer != nil {
+			m.outbox.pacer.Pressure(m.now, ev.Hundredths)
+		}
 	case Tick:
 	default:
 		panic(fmt.Sprintf("bus: unknown event %T", ev))
 	}
 	m.due()
 	m.dispatch()
+	m.release()
+	m.sweepSoon()
 	m.persist()
-	if m.draining && !m.drained && len(m.reqs)+len(m.ops)+len(m.commits) == 0 {
+	if m.draining && !m.drained && m.waiting()+len(m.ops)+len(m.commits)+m.outbox.underWay() == 0 {
 		m.drained = true
 		m.emit(Drained{})
 	}
@@ -130,7 +161,15 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 }
 
 // NextWake returns the moment at which Step wants a Tick.
-func (m *Machine) NextWake() (sched.Time, bool) { return m.timers.Next() }
+func (m *Machine) NextWake() (sched.Time, bool) {
+	at, ok := m.timers.Next()
+	if p := m.outbox.pacer; p != nil {
+		if ack, any := p.NextWake(m.now); any && (!ok || ack < at) {
+			return ack, true
+		}
+	}
+	return at, ok
+}
 
 func (m *Machine) emit(e Effect) { m.out = append(m.out, e) }
 
@@ -156,9 +195,19 @@ func (m *Machine) due() {
 		case t.host != nil:
 			t.host.timer = nil
 			m.ready(t.host)
+		case t.call != nil && t.expire:
+			t.call.expire = nil
+			t.call.overdue = true
+			m.cancel(t.call)
 		case t.call != nil:
 			t.call.timer = nil
 			m.suspect(t.call)
+		case t.queue != nil:
+			t.queue.timer = nil
+			m.plan(t.queue)
+		case t.sweep:
+			m.outbox.sweep = nil
+			m.sweepAll(0)
 		}
 	}
 }

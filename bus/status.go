@@ -89,7 +89,7 @@ func (m *Machine) Snapshot(now sched.Time, worst int) Snapshot {
 	s := Snapshot{
 		At:           now,
 		Stats:        m.stats,
-		Requests:     sched.Gauge{Used: sched.Slots(len(m.reqs)), Limit: sched.Slots(m.cfg.MaxRequests), Max: m.maxRequests},
+		Requests:     sched.Gauge{Used: sched.Slots(m.waiting()), Limit: sched.Slots(m.cfg.MaxRequests), Max: m.maxRequests},
 		Workers:      m.workers,
 		Hosts:        len(m.hosts),
 		HostsLimit:   int(m.cfg.MaxHosts),
@@ -123,15 +123,19 @@ func (m *Machine) Snapshot(now sched.Time, worst int) Snapshot {
 		return cmp.Or(cmp.Compare(b.allWaiting(), a.allWaiting()), cmp.Compare(b.Failures, a.Failures), cmp.Compare(a.Name, b.Name))
 	})
 	for _, h := range bad[:min(len(bad), worst)] {
-		st := HostStatus{HostRecord: h.HostRecord, Rank: h.lane(now).String(), Waiting: h.allWaiting(), Running: h.inUse}
-		switch {
-		case h.Failures > 0:
-			st.Why = h.Cause()
-		case h.pausedUntil > now:
-			st.Paused = h.pausedUntil
-			st.Why = "limits our rate (429)"
-		}
-		s.Worst = append(s.Worst, st)
+		s.Worst = append(s.Worst, h.status(now))
+	}
+	return s
+}
+
+func (h *host) status(now sched.Time) HostStatus {
+	s := HostStatus{HostRecord: h.HostRecord, Rank: h.lane(now).String(), Waiting: h.allWaiting(), Running: h.inUse}
+	switch {
+	case h.Failures > 0:
+		s.Why = h.Cause()
+	case h.pausedUntil > now:
+		s.Paused = h.pausedUntil
+		s.Why = "limits our rate (429)"
 	}
 	return s
 }

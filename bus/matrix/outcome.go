@@ -20,6 +20,7 @@ const (
 	FailCut                 // the connection broke, or stalled, inside an answer's body
 	FailTooLarge            // the answer is larger than the endpoint allows
 	FailProtocol            // what came back is not HTTP
+	FailContent             // an answer of success whose body is not what a Matrix server sends
 	FailBlocked             // every address of the remote is on the block-list
 	FailCancelled           // we gave the attempt up ourselves
 	FailLocal               // our own fault: disk full, file descriptors, a bug
@@ -28,7 +29,7 @@ const (
 
 var failureNames = [NumFailures]string{
 	"ok", "refused", "unreachable", "no_such_name", "dns", "tls", "timeout", "reset",
-	"cut", "too_large", "protocol", "blocked", "cancelled", "local",
+	"cut", "too_large", "protocol", "content", "blocked", "cancelled", "local",
 }
 
 // String returns the name under which metrics and the status page show f.

@@ -1,0 +1,344 @@
+package bus
+
+import (
+	"fmt"
+	"strconv"
+
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// A delivery is a call that no request waits for: it has its queue in their place.
+// Its way, each step only after the one before is known to be on disk or over:
+//
+//	a worker is free -> Pack, Packed -> Send, Done -> Settle, Settled -> the next
+//
+// The worker is given back at Done. Until Settled the queue is busy.
+
+// startDelivery packs the next transaction, now that a worker is free.
+func (m *Machine) startDelivery(c *call) {
+	q, o := c.queue, &m.outbox
+	if q.Held || o.suspended != "" || m.draining {
+		m.unstart(c)
+		m.leave(q)
+		m.plan(q)
+		return
+	}
+	o.txns++
+	m.nextBatch++
+	c.batch, c.phase = m.nextBatch, phasePacking
+	o.packs[c.batch] = c
+	m.emit(Pack{Batch: c.batch, Dest: q.name, TxnID: o.txnPrefix + strconv.FormatUint(o.txns, 36), MaxBytes: m.cfg.Outbox.MaxTransaction})
+}
+
+func (m *Machine) packed(ev Packed) {
+	o := &m.outbox
+	c := o.packs[ev.Batch]
+	if c == nil {
+		panic(fmt.Sprintf("bus: batch %d is packed, which is not under way (%d are)", ev.Batch, len(o.packs)))
+	}
+	delete(o.packs, ev.Batch)
+	q := c.queue
+	if ev.OK {
+		q.Backlog = ev.Backlog
+		o.stats.expired(ev.Expired)
+		o.stats.SetAside += int64(ev.SetAside)
+	}
+	if !ev.OK || ev.Txn.ID == "" {
+		c.batch = 0 // there is nothing to let go of
+		m.unstart(c)
+		m.leave(q)
+		if !ev.OK {
+			m.stats.CommitsFailed++
+			q.notBefore = m.now.Add(storePause)
+		} else {
+			q.due = 0
+		}
+		m.plan(q)
+		return
+	}
+	q.due = 0 // all that came so far is in it, or will be in the next
+	c.txn = ev.Txn
+	q.lastTry = m.now
+	o.stats.Transactions++
+	if ev.Txn.Again {
+		o.stats.Retried++
+	}
+	c.expire = m.timers.Set(m.now.Add(deliveryTimeout), timer{call: c, expire: true})
+	m.transmit(c)
+}
+
+// delivered: the attempt is over, its worker given back.
+func (m *Machine) delivered(c *call, ev Done, suspect bool) {
+	q, o := c.queue, &m.outbox
+	m.timers.Stop(c.expire)
+	c.expire = nil
+	ok := c.phase == phaseAnswered && ev.Failure == matrix.FailNone && c.status == 200
+	if c.phase == phaseAnswered && ev.Failure == matrix.FailNone && !ok {
+		q.status = c.status
+	} else {
+		q.status = 0
+	}
+	txn := c.txn
+	switch {
+	case ok:
+		o.stats.PDUErrors += int64(ev.PDUErrors)
+		m.leave(q)
+		m.settle(q, txn.ID, Delivered, "")
+		return
+	case suspect:
+		c.host.suspect = !c.host.reachable
+	case q.status == 0:
+		m.blame(c, ev)
+		m.broken(q, c, ev)
+		if c.host.backingOff(m.now) {
+			m.refuseQueue(c.host)
+		}
+	default:
+		if m.answeredBadly(q, c) {
+			m.leave(q)
+			o.stats.Bisected++
+			m.settle(q, txn.ID, Bisect, fmt.Sprintf("%s answered %d to it %d times", q.name, q.status, q.refusals))
+			return
+		}
+	}
+	m.leave(q)
+	if !ev.Sent {
+		o.stats.Thawed++
+		m.settle(q, txn.ID, Thaw, "")
+		return
+	}
+	m.rest(q)
+}
+
+// settle has the store note what became of a transaction.
+func (m *Machine) settle(q *queue, id string, outcome Outcome, reason string) {
+	q.busy = true
+	m.nextBatch++
+	m.outbox.settles[m.nextBatch] = settling{q, outcome}
+	m.emit(Settle{Batch: m.nextBatch, Dest: q.name, TxnID: id, Outcome: outcome, Reason: reason})
+}
+
+func (m *Machine) settled(ev Settled) {
+	o := &m.outbox
+	s, ok := o.settles[ev.Batch]
+	if !ok {
+		panic(fmt.Sprintf("bus: batch %d is settled, which is not under way (%d are)", ev.Batch, len(o.settles)))
+	}
+	delete(o.settles, ev.Batch)
+	q := s.queue
+	q.busy = false
+	if !ev.OK {
+		// It will be packed again, with the same id, and refused or taken again.
+		m.stats.CommitsFailed++
+		q.notBefore = max(q.notBefore, m.now.Add(storePause))
+		m.plan(q)
+		return
+	}
+	q.Backlog = ev.Backlog
+	o.stats.SetAside += int64(ev.SetAside)
+	switch s.outcome {
+	case Delivered:
+		for k, n := range ev.Delivered {
+			o.stats.ItemsOut[k] += int64(n)
+		}
+		q.failures, q.refusals, q.status, q.lastError, q.notBefore = 0, 0, 0, "", 0
+		q.barren = false
+	case Bisect:
+		q.refusals = 0
+		q.barren = q.barren || ev.SetAside > 0
+	}
+	m.rest(q)
+}
+
+// broken notes a delivery that was not answered.
+func (m *Machine) broken(q *queue, c *call, ev Done) {
+	q.lastError = failureText(ev.Failure, 0)
+	if c.overdue {
+		q.lastError = failureText(matrix.FailTimeout, 0)
+	}
+	if ev.Detail != "" {
+		q.lastError += " (" + cut(ev.Detail) + ")"
+	}
+	q.failures++
+	q.refusals = 0
+	switch {
+	case ev.Failure == matrix.FailContent:
+		q.notBefore = m.now.Add(strangeBackoff.Delay(q.failures, m.rng))
+	case c.connected || ev.Failure == matrix.FailLocal:
+		q.notBefore = m.now.Add(brokenBackoff.Delay(q.failures, m.rng))
+	default:
+		q.notBefore = 0 // the host's own back-off says when
+	}
+}
+
+// answeredBadly notes an answer other than 200, and reports whether it is time
+// to find out which item the destination does not take.
+func (m *Machine) answeredBadly(q *queue, c *call) (bisect bool) {
+	same := q.lastError
+	q.lastError = failureText(matrix.FailNone, q.status)
+	q.failures++
+	backoff := refusedBackoff
+	switch s := q.status; {
+	case s == 429:
+		q.failures--
+		q.notBefore = c.host.pausedUntil
+		return false
+	case gateway(s):
+		backoff = gateBackoff
+	case s == 401 || s == 403:
+		backoff = deniedBackoff
+	case s == 404 || s == 405 || s < 400:
+		backoff = strangeBackoff
+	default:
+		if q.lastError != same {
+			q.refusals = 0
+		}
+		q.refusals++
+		limit := int32(refusalsToBisect)
+		if q.barren {
+			limit = refusalsWhenNothingWorks
+		}
+		bisect = q.refusals >= limit
+	}
+	if !bisect {
+		q.notBefore = m.now.Add(backoff.Delay(q.failures, m.rng))
+	}
+	return bisect
+}
+
+// rest has what is needless given up after a long outage, and then goes on.
+func (m *Machine) rest(q *queue) {
+	old := q.Oldest != 0 && m.now.Sub(q.Oldest) >= m.cfg.Outbox.CatchUpAfter
+	failing := q.failures > 0
+	if h := m.hosts[q.name]; h != nil {
+		failing = failing || h.Failures > 0
+	}
+	recent := q.compacted != 0 && m.now.Sub(q.compacted) < compactEvery
+	if old && failing && !recent && q.Items[matrix.KindPDU] > 1 {
+		m.compact(q)
+		return
+	}
+	m.plan(q)
+}
+
+func (m *Machine) compact(q *queue) {
+	q.busy, q.compacted = true, m.now
+	m.trim(q, Compact{Dest: q.name})
+}
+
+func (m *Machine) trim(q *queue, e Compact) {
+	m.nextBatch++
+	e.Batch = m.nextBatch
+	m.outbox.trims[e.Batch] = q
+	m.emit(e)
+}
+
+func (m *Machine) sweepAll(after int64) {
+	m.outbox.sweeping = true
+	m.nextBatch++
+	m.outbox.trims[m.nextBatch] = nil
+	m.emit(Expire{Batch: m.nextBatch, After: after})
+}
+
+// trimmed: a Compact or an Expire is over.
+func (m *Machine) trimmed(ev Trimmed) {
+	o := &m.outbox
+	q, ok := o.trims[ev.Batch]
+	if !ok {
+		panic(fmt.Sprintf("bus: batch %d is trimmed, which is not under way (%d are)", ev.Batch, len(o.trims)))
+	}
+	delete(o.trims, ev.Batch)
+	if ev.OK {
+		o.stats.expired(ev.Expired)
+		o.stats.Superseded += int64(ev.Superseded)
+	} else {
+		m.stats.CommitsFailed++
+	}
+	if q == nil {
+		o.sweeping = false
+		for _, r := range ev.Changed {
+			m.backlog(r.Name, r.Backlog, [matrix.NumKinds + 1]int32{})
+		}
+		if ev.OK && ev.Next != 0 && !m.draining {
+			m.sweepAll(ev.Next)
+		}
+		return
+	}
+	for _, r := range ev.Changed {
+		q.Backlog = r.Backlog
+	}
+	if ev.OK && ev.Next != 0 && !m.draining {
+		m.trim(q, Compact{Dest: q.name})
+		return
+	}
+	q.busy = false
+	m.plan(q)
+}
+
+// OutboxStats counts what the outbox has done since it was made. Arrays are by
+// kind of item.
+type OutboxStats struct {
+	Accepted   int64 // transactions of the homeserver, stored
+	Repeated   int64 // that were stored before
+	Full       int64 // refused since there was no room
+	NotStored  int64 // refused since the store failed
+	ItemsIn    [matrix.NumKinds + 1]int64
+	Merged     int64 // items that took the place of others
+	Duplicates int64 // items that were pending already
+	ItemsOut   [matrix.NumKinds + 1]int64
+	Expired    [matrix.NumKinds + 1]int64
+	Superseded int64 // events that a destination need not get, since it was away for long
+
+	Transactions int64 // sent, or tried to be
+	Retried      int64 // those of them that had been tried before
+	Thawed       int64 // taken apart again, since no connection came about
+	Bisected     int64
+	SetAside     int64
+	PDUErrors    int64 // events that a destination took the transaction of, and refused
+}
+
+func (s *OutboxStats) expired(kinds [matrix.NumKinds + 1]int32) {
+	for k, n := range kinds {
+		s.Expired[k] += int64(n)
+	}
+}
+
+// QueueRecord is a destination and what the store holds for it.
+type QueueRecord struct {
+	Name    matrix.ServerName
+	Backlog Backlog
+}
+
+// Outcome is what became of a packed transaction.
+type Outcome uint8
+
+const (
+	// Delivered: the destination has answered 200.
+	Delivered Outcome = 1 + iota
+	// Bisect: the destination refuses it, and will go on to.
+	Bisect
+	// Thaw: not a byte of it has reached the destination.
+	Thaw
+)
+
+func (o Outcome) String() string {
+	switch o {
+	case Delivered:
+		return "delivered"
+	case Bisect:
+		return "bisect"
+	case Thaw:
+		return "thaw"
+	}
+	return "invalid"
+}
+
+// TxnInfo is a transaction that was packed.
+type TxnInfo struct {
+	ID         string // "": there is nothing to send
+	Again      bool   // it had been packed before
+	PDUs, EDUs int32
+	Bytes      int64
+	Oldest     sched.Time
+}

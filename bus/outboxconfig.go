@@ -1,0 +1,96 @@
+package bus
+
+import (
+	"fmt"
+	"time"
+
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// OutboxConfig bounds the outbox and says when it sends. The zero value is no
+// outbox: then no Offered may come. Otherwise start from DefaultOutbox.
+type OutboxConfig struct {
+	// MaxQueues is how many destinations may have something pending; the store
+	// keeps to it.
+	MaxQueues int32
+	// MaxTransaction is the size that a transaction should not exceed.
+	MaxTransaction sched.Bytes
+	// The windows are how long what came may wait for more of its kind or for
+	// something that is more important and takes it along. Everything else goes
+	// at once.
+	PresenceWindow, ReceiptWindow, TypingWindow time.Duration
+	// CatchUpAfter is the age at which a destination that cannot be reached keeps
+	// only the newest events of each room. A Synapse does so after an hour
+	// (CATCHUP_RETRY_INTERVAL in federation/sender/per_destination_queue.py).
+	CatchUpAfter time.Duration
+	// Pace says when the homeserver is answered.
+	Pace PaceConfig
+}
+
+// DefaultOutbox returns what suits a board with four small cores.
+func DefaultOutbox() OutboxConfig {
+	return OutboxConfig{
+		MaxQueues:      6000,
+		MaxTransaction: 4 * sched.MiB,
+		PresenceWindow: 10 * time.Second,
+		ReceiptWindow:  time.Second,
+		TypingWindow:   300 * time.Millisecond,
+		CatchUpAfter:   time.Hour,
+		Pace:           DefaultPace(),
+	}
+}
+
+// Validate reports the first limit that makes no sense or contradicts another.
+func (c OutboxConfig) Validate() error {
+	switch {
+	case c.MaxQueues < 1:
+		return fmt.Errorf("max_destinations is %d, at least 1 is needed", c.MaxQueues)
+	case c.MaxTransaction < minTransaction || c.MaxTransaction > matrix.MaxRequestBody:
+		return fmt.Errorf("max_transaction_bytes is %v, it must be between %v and %v", c.MaxTransaction, minTransaction, sched.Bytes(matrix.MaxRequestBody))
+	case c.PresenceWindow < 0 || c.ReceiptWindow < 0 || c.TypingWindow < 0:
+		return fmt.Errorf("the windows are %v, %v and %v, none may be negative", c.PresenceWindow, c.ReceiptWindow, c.TypingWindow)
+	case c.CatchUpAfter < time.Minute:
+		return fmt.Errorf("catch_up_after is %v, at least %v is needed", c.CatchUpAfter, time.Minute)
+	}
+	return c.Pace.Validate()
+}
+
+const (
+	// minTransaction is the size of the largest event (S2S "Size limits").
+	minTransaction = 64 * sched.KiB
+
+	// deliveryTimeout is how long a destination may take to answer, as long as
+	// a Synapse gives it (config/federation.py).
+	deliveryTimeout = 60 * time.Second
+	// spreadEach is how far apart destinations are begun with after a start.
+	spreadEach = 20 * time.Millisecond
+	// maxSpread bounds all of that.
+	maxSpread = 2 * time.Minute
+	// sweepEvery is how often what has expired is looked for.
+	sweepEvery = time.Minute
+	// compactEvery is how often one destination is compacted at most.
+	compactEvery = 10 * time.Minute
+	// storePause is how long the outbox waits after the store failed.
+	storePause = 5 * time.Second
+
+	// refusalsToBisect is how many definite refusals of one batch in a row show
+	// that it is the batch.
+	refusalsToBisect = 3
+	// refusalsWhenNothingWorks is the same for a destination that has taken
+	// nothing since the last item was set aside: it is more likely broken than
+	// all that is sent to it. At the longest back-off that is a day.
+	refusalsWhenNothingWorks = 24
+)
+
+// How long a destination's queue waits after a delivery that failed although its
+// host was reached.
+var (
+	brokenBackoff  = sched.Backoff{First: 5 * time.Second, Factor: 2, Cap: 30 * time.Minute}
+	gateBackoff    = sched.Backoff{First: 10 * time.Second, Factor: 2, Cap: 30 * time.Minute}
+	refusedBackoff = sched.Backoff{First: 5 * time.Second, Factor: 3, Cap: time.Hour}
+	// It does not trust us, or bans us: that does not pass quickly.
+	deniedBackoff = sched.Backoff{First: time.Minute, Factor: 3, Cap: 6 * time.Hour}
+	// What answers is not a Matrix server, or not any more.
+	strangeBackoff = sched.Backoff{First: 5 * time.Minute, Factor: 2, Cap: 6 * time.Hour}
+)
