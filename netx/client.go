@@ -34,7 +34,8 @@ type ClientConfig struct {
 
 	// HandshakesPerSecond paces TLS handshakes, by Request.Priority. A full
 	// handshake costs 1 to 3 ms of a fast core, so the default of 20 is 5 % of
-	// one, and about half of a Raspberry Pi's. Negative: no limit.
+	// one, and about half of a Raspberry Pi's. One that resumes a session counts
+	// for 4 tenths. Negative: no limit.
 	HandshakesPerSecond float64
 	// MaxIdle and MaxIdlePerHost are how many connections are kept for further
 	// requests, in all and for one server. A kept connection costs 30 to 50 KB
@@ -57,7 +58,7 @@ type ClientConfig struct {
 	MaxHeaderBytes int64
 
 	// SessionCache is how many TLS sessions are remembered, at about 1 KB each.
-	// A resumption costs half of a full handshake. Default 1000.
+	// A resumption costs a fifth to two thirds of a full handshake. Default 1000.
 	SessionCache int
 	// WellKnownCache is how many hosts' well-known outcomes are remembered, at
 	// most 700 bytes each. Default 4096.

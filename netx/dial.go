@@ -43,7 +43,7 @@ type dialer struct {
 	block    *Blocklist
 	random   *lockedRand
 	shakes   *handshakes
-	tls      *tls.Config // without ServerName and NextProtos
+	tls      *tls.Config // with a ClientSessionCache, without ServerName and NextProtos
 	connect  time.Duration
 	shake    time.Duration
 	counters dialCounters
@@ -100,15 +100,31 @@ func (d *dialer) dialTarget(ctx context.Context, tlsName string, t Target, alpn 
 	if err != nil {
 		return nil, dialError(ctx, OpConnect, err)
 	}
-	if err := d.shakes.wait(ctx); err != nil {
+	cost := d.cost(tlsName)
+	if err := d.shakes.wait(ctx, cost); err != nil {
 		_ = raw.Close()
 		return nil, dialError(ctx, OpTLS, err)
 	}
 	conn, err := d.handshake(ctx, raw, tlsName, alpn)
+	if cost < fullCost && (err != nil || !conn.ConnectionState().DidResume) {
+		// The remote chose a full one, or may have before it failed.
+		d.shakes.charge(fullCost - cost)
+	}
 	if err != nil {
 		return nil, dialError(ctx, OpTLS, err)
 	}
 	return conn, nil
+}
+
+// cost is what a handshake with tlsName counts for: less if there is a session
+// to resume. Sessions are kept under Config.ServerName. If a release of Go does
+// that in another way, all handshakes count as full ones.
+func (d *dialer) cost(tlsName string) int {
+	// The cache may hold a nil, which is a session thrown away.
+	if session, _ := d.tls.ClientSessionCache.Get(tlsName); session != nil {
+		return resumedCost
+	}
+	return fullCost
 }
 
 // dialError is the error of a dial that failed in step op.

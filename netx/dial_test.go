@@ -1,6 +1,7 @@
 package netx
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -8,15 +9,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"fsbus/bus/matrix"
 )
@@ -87,7 +92,7 @@ func (n *network) stubborn(_ context.Context, to netip.AddrPort) (net.Conn, erro
 func newTestDialer(n *network) *dialer {
 	n.start, n.open = time.Now(), map[string]bool{}
 	return &dialer{lookup: &fakeLookup{}, random: newLockedRand(centred{}), shakes: newHandshakes(-1), connect: 5 * time.Second,
-		shake: 10 * time.Second, tls: &tls.Config{}, connectTo: n.connect}
+		shake: 10 * time.Second, tls: newTLSConfig(&ClientConfig{}), connectTo: n.connect}
 }
 
 func ports(list ...string) (a []netip.AddrPort) {
@@ -361,7 +366,7 @@ func TestHandshakeIsBounded(t *testing.T) {
 		}
 		// The pace is waited for with the connection open; it is closed if that
 		// takes too long, and the remote is not blamed.
-		_ = d.shakes.wait(t.Context())
+		_ = d.shakes.wait(t.Context(), fullCost)
 		ctx, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond)
 		defer cancel()
 		_, err = d.dial(ctx, &Route{TLSName: "a.test", Targets: []Target{{Host: "192.0.2.1", Port: 1}}}, alpnAny)
@@ -457,6 +462,64 @@ func TestSessionsAreResumed(t *testing.T) {
 	}
 	if s := c.Stats(); s.Handshakes != 3 || s.Resumed != 2 || s.Dials != 3 || s.Reused != 0 {
 		t.Errorf("three requests without kept connections: %+v", s)
+	}
+}
+
+// TestResumptionsCountLess dials a server whose sessions can be resumed until it
+// forgets how, and then one that breaks the handshake off.
+func TestResumptionsCountLess(t *testing.T) {
+	for version, name := range map[uint16]string{tls.VersionTLS12: "TLS 1.2", tls.VersionTLS13: "TLS 1.3"} {
+		t.Run(name, func(t *testing.T) {
+			config := serverTLS("a.test")
+			config.MaxVersion = version
+			config.SetSessionTicketKeys([][32]byte{{1}})
+			var broken atomic.Bool
+			addr := tcp(t, func(c net.Conn) {
+				tc := tls.Server(c, config)
+				if broken.Load() || tc.Handshake() != nil || head(bufio.NewReader(tc)) == nil {
+					return
+				}
+				_, _ = io.WriteString(tc, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+				_ = tc.Close()
+			})
+			c := newTestClient(t, map[string]string{"a.test:1": addr}, nil)
+			const had = 100
+			limiter := rate.NewLimiter(1e-6, had)
+			c.dialer.shakes = &handshakes{limiter: limiter}
+			want := 0
+			check := func(what string, cost int, resumed int64) {
+				t.Helper()
+				want += cost
+				if got := had - int(math.Round(limiter.Tokens())); got != want {
+					t.Errorf("%s: %d tenths in all, want %d", what, got, want)
+				}
+				if n := c.Stats().Resumed; n != resumed {
+					t.Errorf("%s: %d resumptions, want %d", what, n, resumed)
+				}
+			}
+			get(t, c, "a.test:1", "/")
+			check("the first", fullCost, 0)
+			get(t, c, "a.test:1", "/")
+			check("a resumption", resumedCost, 1)
+			get(t, c, "a.test:1", "/")
+			check("another", resumedCost, 2)
+			config.SetSessionTicketKeys([][32]byte{{2}})
+			get(t, c, "a.test:1", "/")
+			check("refused", fullCost, 2)
+			get(t, c, "a.test:1", "/")
+			check("a resumption of the new session", resumedCost, 3)
+			broken.Store(true)
+			for range 2 {
+				_, _, err := tryGet(testContext(t), c, "a.test:1", "/")
+				wantFailure(t, err, matrix.FailTLS, OpTLS)
+				check("broken off", fullCost, 3)
+			}
+		})
+	}
+	d := newTestDialer(&network{})
+	d.tls.ClientSessionCache.Put("a.test", nil)
+	if cost := d.cost("a.test"); cost != fullCost {
+		t.Errorf("with a session thrown away a handshake costs %d", cost)
 	}
 }
 
