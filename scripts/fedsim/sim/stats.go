@@ -76,9 +76,10 @@ type ConnectionStats struct {
 
 // TLSStats counts handshakes that came as far as the server's last message.
 type TLSStats struct {
-	Full         int64 `json:"full"`
-	Resumed      int64 `json:"resumed"`
-	MaxPerSecond int   `json:"max_per_second"` // within any one second, up to 16384
+	Full             int64 `json:"full"`
+	Resumed          int64 `json:"resumed"`
+	MaxPerSecond     int   `json:"max_per_second"`      // of both, within any one second, up to 16384
+	MaxFullPerSecond int   `json:"max_full_per_second"` // of the full ones alone, likewise
 }
 
 // TransactionStats counts what came in by PUT /send and was taken.
@@ -128,6 +129,7 @@ type recorder struct {
 	stats      Stats // without what snapshot fills in
 	endpoints  map[string]*EndpointStats
 	handshakes window
+	full       window       // handshakes
 	events     []EventStats // oldest first, at most maxEvents
 }
 
@@ -154,7 +156,7 @@ func (r *recorder) reset(servers []*server) {
 		}
 		*e = EndpointStats{MaxInFlight: e.inFlight, Outcomes: map[string]int64{}, inFlight: e.inFlight}
 	}
-	r.handshakes = window{}
+	r.handshakes, r.full = window{}, window{}
 	r.events = nil
 	for _, s := range servers {
 		n := s.stats.SendInFlight
@@ -176,7 +178,7 @@ func (r *recorder) snapshot() Stats {
 	s.Elapsed = time.Since(r.since)
 	s.Connections.BytesIn = r.bytesIn.Load()
 	s.Connections.BytesOut = r.bytesOut.Load()
-	s.TLS.MaxPerSecond = r.handshakes.max
+	s.TLS.MaxPerSecond, s.TLS.MaxFullPerSecond = r.handshakes.max, r.full.max
 	s.EDUs = maps.Clone(s.EDUs)
 	s.Endpoints = make(map[string]EndpointStats, len(r.endpoints))
 	for name, e := range r.endpoints {
@@ -217,12 +219,14 @@ func (r *recorder) acceptFailed() {
 func (r *recorder) handshake(resumed bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	now := time.Since(r.since)
 	if resumed {
 		r.stats.TLS.Resumed++
 	} else {
 		r.stats.TLS.Full++
+		r.full.add(now, maxWorldWindow)
 	}
-	r.handshakes.add(time.Since(r.since), maxWorldWindow)
+	r.handshakes.add(now, maxWorldWindow)
 }
 
 // begin notes a request of which the headers have arrived. Each is followed by

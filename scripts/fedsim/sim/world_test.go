@@ -144,7 +144,7 @@ func TestKillAndRevive(t *testing.T) {
 		t.Fatal(err)
 	}
 	want(t, c, r, 200)
-	if s := w.Stats().TLS; s.Full != 1 || s.Resumed != 1 {
+	if s := w.Stats().TLS; s.Full != 1 || s.Resumed != 1 || s.MaxFullPerSecond != 1 {
 		t.Errorf("handshakes: %+v, want one full, one resumed", s)
 	}
 }
