@@ -193,7 +193,10 @@ type Request struct {
 // off whatever is under way.
 //
 // connected, if not nil, is called at most once, from Do, when a new connection
-// to the remote is usable. A kept connection does not count: it proves little.
+// to the remote is usable, and before any of the request goes out on it. A kept
+// connection does not count: it proves little. So a request may have reached the
+// remote without a call of connected: whether it may have is what Error.Unsent
+// says.
 //
 // Every error, of Do and of the answer's body, is or wraps an *Error.
 //
@@ -217,6 +220,7 @@ func (c *Client) Do(ctx context.Context, r *Request, connected func()) (*http.Re
 	req.Host, req.URL.Host = route.HostHeader, route.HostHeader
 	key := poolKey{r.Destination, route.TLSName, route.HostHeader}
 
+	var first error // of a kept connection
 	if !r.Once && (r.Size == 0 || r.GetBody != nil) {
 		if conn := c.pool.get(key); conn != nil {
 			resp, again, err := c.send(ctx, conn, req, body)
@@ -226,6 +230,7 @@ func (c *Client) Do(ctx context.Context, r *Request, connected func()) (*http.Re
 				}
 				return resp, err
 			}
+			first = err
 			if r.Size != 0 {
 				reader, err := r.GetBody()
 				if err != nil {
@@ -237,6 +242,9 @@ func (c *Client) Do(ctx context.Context, r *Request, connected func()) (*http.Re
 	}
 	conn, err := c.connect(ctx, route, key)
 	if err != nil {
+		if first != nil {
+			err = afterFirst(first, err)
+		}
 		return nil, err
 	}
 	if connected != nil {
@@ -247,6 +255,17 @@ func (c *Client) Do(ctx context.Context, r *Request, connected func()) (*http.Re
 		body = nil
 	}
 	return resp, err
+}
+
+// afterFirst is the error of a request that was sent on a kept connection, which
+// ended with first, and for which a new one could not be made, which ended with
+// second. It may have arrived, whatever became of the remote since.
+func afterFirst(first, second error) *Error {
+	e := &Error{Failure: FailureOf(second), Op: OpRequest, Err: fmt.Errorf("%w; then %w", first, second)}
+	if e.Failure.NeverConnected() {
+		e.Failure = FailureOf(first)
+	}
+	return e
 }
 
 // connect makes a new connection with a place reserved for one request.
@@ -283,7 +302,7 @@ func (c *Client) send(ctx context.Context, conn *poolConn, req *http.Request, bo
 	}
 	if err != nil {
 		cancel(nil)
-		e := requestError(ctx, err, answered.Load())
+		e := sentError(ctx, err, answered.Load())
 		_ = body.Close()
 		if bodyErr := body.failure(); bodyErr != nil {
 			e = &Error{Failure: matrix.FailLocal, Op: OpPrepare, Err: bodyErr}
@@ -318,6 +337,20 @@ func requestError(ctx context.Context, err error, answered bool) *Error {
 		f = matrix.FailReset
 	}
 	return &Error{Failure: f, Op: OpRequest, Err: err}
+}
+
+// sentError is the error of a request that may have reached the remote: never a
+// failure that says that it cannot have. On a connection in use the kernel may
+// report what else a connect ends with, and the remote may send an alert.
+func sentError(ctx context.Context, err error, answered bool) *Error {
+	e := requestError(ctx, err, answered)
+	switch {
+	case e.Failure == matrix.FailTLS:
+		e.Failure = matrix.FailProtocol
+	case e.Failure.NeverConnected():
+		e.Failure = matrix.FailReset
+	}
+	return e
 }
 
 // prepare makes an http.Request of r, without Host, context and body.

@@ -6,12 +6,17 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
+	"os"
 	"reflect"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
 	"fsbus/bus/matrix"
 )
@@ -517,4 +522,113 @@ func TestConnected(t *testing.T) {
 	c := newTestClient(t, map[string]string{"a.test:1": "127.0.0.1:1"}, nil)
 	_, err := c.Do(testContext(t), &Request{Destination: "a.test:1", Method: "GET", Target: "/"}, func() { t.Error("connected to nothing") })
 	wantFailure(t, err, matrix.FailRefused, OpConnect)
+}
+
+// TestConnectedComesFirst: nothing of a request goes out on a new connection
+// before the caller knows of it, nor is there a call for a kept one.
+func TestConnectedComesFirst(t *testing.T) {
+	var told atomic.Bool
+	early := func(what string) {
+		if !told.Load() {
+			t.Errorf("%s: a byte of the request came before connected had returned", what)
+		}
+	}
+	h1 := raw(t, func(c *tls.Conn, r *bufio.Reader) {
+		for {
+			if _, err := r.Peek(1); err != nil {
+				return
+			}
+			early("HTTP/1.1")
+			if head(r) == nil {
+				return
+			}
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		}
+	}, "a.test")
+	h2 := web(t, true, func(http.ResponseWriter, *http.Request) { early("HTTP/2") }, "a.test")
+	c := newTestClient(t, map[string]string{"a.test:1": h1, "a.test:2": h2}, nil)
+	for _, dest := range []matrix.ServerName{"a.test:1", "a.test:2"} {
+		told.Store(false)
+		for i, want := range []int{1, 0, 0} {
+			calls := 0
+			resp, err := c.Do(testContext(t), &Request{Destination: dest, Method: "GET", Target: "/"}, func() {
+				calls++
+				time.Sleep(50 * time.Millisecond) // for what would be on its way
+				told.Store(true)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _ = io.Copy(io.Discard, resp.Body)
+			_ = resp.Body.Close()
+			if calls != want {
+				t.Errorf("%s, request %d: told of %d connections, want %d", dest, i, calls, want)
+			}
+		}
+	}
+}
+
+// TestWhatMayHaveArrivedIsNotUnsent: a request that a kept connection took away
+// with it may have arrived, even if the remote cannot be reached any more when
+// it is to be sent again.
+func TestWhatMayHaveArrivedIsNotUnsent(t *testing.T) {
+	var seen atomic.Int64
+	addr := raw(t, func(c *tls.Conn, r *bufio.Reader) {
+		head(r)
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+		if head(r) != nil {
+			seen.Add(1)
+		}
+	}, "a.test")
+	for _, tt := range []struct {
+		name string
+		err  error // of the second connect
+		want matrix.Failure
+	}{
+		{"refused", errno(syscall.ECONNREFUSED), matrix.FailReset},
+		{"unreachable", errno(syscall.EHOSTUNREACH), matrix.FailReset},
+		{"timed out", errno(syscall.ETIMEDOUT), matrix.FailTimeout},
+		{"no file descriptors", errno(syscall.EMFILE), matrix.FailLocal},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := newTestClient(t, map[string]string{"a.test:1": addr}, nil)
+			get(t, c, "a.test:1", "/")
+			c.dialer.connectTo = func(context.Context, netip.AddrPort) (net.Conn, error) { return nil, tt.err }
+			seen.Store(0)
+			_, err := c.Do(testContext(t), &Request{Destination: "a.test:1", Method: "GET", Target: "/"}, func() { t.Error("connected") })
+			wantFailure(t, err, tt.want, OpRequest)
+			var e *Error
+			if errors.As(err, &e); e.Unsent || e.Failure.NeverConnected() || seen.Load() != 1 {
+				t.Errorf("unsent %t, never connected %t, seen %d times", e.Unsent, e.Failure.NeverConnected(), seen.Load())
+			}
+			if !errors.Is(err, tt.err) {
+				t.Errorf("the error does not say why it was not sent again: %v", err)
+			}
+		})
+	}
+}
+
+// TestSentErrors: what breaks a request under way never reads like a connect
+// that failed.
+func TestSentErrors(t *testing.T) {
+	for _, tt := range []struct {
+		err  error
+		want matrix.Failure
+	}{
+		{&net.OpError{Op: "read", Net: "tcp", Err: os.NewSyscallError("read", syscall.EHOSTUNREACH)}, matrix.FailReset},
+		{&net.OpError{Op: "write", Net: "tcp", Err: os.NewSyscallError("write", syscall.EPERM)}, matrix.FailReset},
+		{&net.OpError{Op: "remote error", Err: tls.AlertError(80)}, matrix.FailProtocol},
+		{io.EOF, matrix.FailReset},
+		{errno(syscall.ETIMEDOUT), matrix.FailTimeout},
+	} {
+		e := sentError(t.Context(), tt.err, false)
+		if e.Failure != tt.want || e.Unsent || e.Op != OpRequest {
+			t.Errorf("%v: %v in step %s, unsent %t; want %v", tt.err, e.Failure, e.Op, e.Unsent, tt.want)
+		}
+	}
+	for f := range matrix.NumFailures {
+		if e := sentError(t.Context(), &Error{Failure: f, Err: io.EOF}, false); e.Failure.NeverConnected() {
+			t.Errorf("%v becomes %v, which says that nothing was sent", f, e.Failure)
+		}
+	}
 }

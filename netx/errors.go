@@ -34,9 +34,10 @@ type Error struct {
 	// Op is the step that failed, one of the Op constants.
 	Op string
 	// Unsent is true when no byte of the request can have reached the remote,
-	// so that sending it again repeats nothing. It knows more than
-	// Failure.NeverConnected: a connection that was not made within its time
-	// and a request that died on the wire are both FailTimeout.
+	// so that sending it again repeats nothing. It is always true where
+	// Failure.NeverConnected is, and knows more than that: a connection that was
+	// not made within its time and a request that died on the wire are both
+	// FailTimeout.
 	Unsent bool
 	// Err is the cause. It holds addresses and names, never a header or a target.
 	Err error

@@ -92,7 +92,7 @@ func TestHostileRemotes(t *testing.T) {
 			_, _ = c.NetConn().Write([]byte{23, 3, 3, 0, 32, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24,
 				25, 26, 27, 28, 29, 30, 31, 32})
 			_, _ = io.Copy(io.Discard, c.NetConn())
-		}, matrix.FailTLS, OpRequest},
+		}, matrix.FailProtocol, OpRequest},
 
 		{"cuts the body", false, cut(okHead + "Content-Length: 10\r\n\r\n{"), matrix.FailCut, OpBody},
 		{"cuts a chunk", false, cut(okHead + "Transfer-Encoding: chunked\r\n\r\na\r\n{"), matrix.FailCut, OpBody},
