@@ -12,7 +12,8 @@
 // they came, under numbers that only grow. Operations (OutboxOp) are parts of a
 // Batch and so share its group's fsync; what comes of one is in its Result.
 //
-//	Accept   takes over a transaction, merging its items with those that wait
+//	Accept   takes over a transaction, merging its items with those that wait;
+//	         it may load them only then
 //	Pack     freezes the front of each lane as the next transaction, or gives
 //	         again the one that is frozen
 //	Settle   deletes what was delivered, or divides what is refused
@@ -101,8 +102,9 @@
 //     file, destinations, items set aside. Options has them; ErrOutboxFull is the
 //     answer, and set aside items push out older ones. MaxFileBytes must be less
 //     than what the disk has: delivering writes, too, before it makes room.
-//   - An Accept must fit into QueueBytes. An operation that trims deletes about
-//     1,000 items at a time; Settle, what one transaction holds.
+//   - An Accept must fit into QueueBytes, with its Bytes if it loads its items. An
+//     operation that trims deletes about 1,000 items at a time; Settle, what one
+//     transaction holds.
 //   - Options.CacheBytes of page cache, plus 256 KiB and the rows themselves
 //     while LoadHosts runs. All of SQLite's memory lies outside of Go's heap.
 //   - Network file systems are not supported: WAL needs shared memory and
@@ -124,7 +126,7 @@
 //	append and fsync        7,500   510,000 3,200,000
 //
 // Transactions of 2 kB taken over per second (BenchmarkAccept), in the same
-// groups, of which 1 MiB ends the last at 385:
+// groups, of which 1 MiB ends the last at 376:
 //
 //	store              4,500   28,000   31,000
 //	SQLite alone       5,600   39,000   43,600

@@ -20,7 +20,8 @@ import (
 type OutboxOp interface {
 	// String says what is to be done and for whom, for errors.
 	fmt.Stringer
-	// size is about how many bytes of memory the operation holds.
+	// size is about how many bytes of memory the operation holds, or loads to
+	// write them.
 	size() int64
 	// apply does it inside the open transaction, sets the Result, and returns
 	// how many rows changed. It may be called again after a rollback.
@@ -231,6 +232,8 @@ type outbox struct {
 	used  int64 // bytes in use in the file when it was last looked at
 	grown int64 // about what was added since
 	kinds []byte
+	// scratch is for the items that an Accept loads, and refers to nothing otherwise.
+	scratch []matrix.Item
 }
 
 // itemBytes is what a row of an item takes in the file besides its payload,

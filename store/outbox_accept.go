@@ -19,8 +19,21 @@ type Accept struct {
 	// it is that of the last one accepted for the destination, nothing
 	// changes. Only the last is known: a homeserver has one in flight. Empty: it
 	// is never taken for a repetition.
-	TxnID    string
-	Items    []matrix.Item
+	TxnID string
+	Items []matrix.Item
+	// Load takes the place of Items where that is nil: it appends the items to dst
+	// when they are to be stored. A transaction that waits as the body it came in
+	// takes a fraction of the memory of its items.
+	//
+	// It is called on the writer's goroutine, so all other batches wait for it, and
+	// once more after a rollback. It must not keep dst. The store keeps nothing of
+	// the items, so their payloads may lie in memory that the next Load uses again.
+	// An error of it is one of the content (ErrInvalid). A repeated transaction is
+	// not loaded.
+	Load func(dst []matrix.Item) ([]matrix.Item, error)
+	// Bytes is about how large the transaction is that Load yields. It counts
+	// against Options.QueueBytes and for the size of groups as the items would.
+	Bytes    int64
 	Accepted int64 // when
 
 	Result AcceptResult
@@ -33,6 +46,9 @@ type AcceptResult struct {
 	Merged     int // stored in place of another one
 	Duplicates int // copies of what is pending, dropped
 	Repeated   bool
+	// Kinds is what the transaction brought, whatever became of it; nothing if
+	// Repeated.
+	Kinds KindTotals
 	// Destination is what is pending afterwards.
 	Destination Destination
 }
@@ -40,11 +56,17 @@ type AcceptResult struct {
 // String says what a does, for errors.
 func (a *Accept) String() string { return fmt.Sprintf("accept for %q", a.Destination) }
 
-// acceptItemBytes is what an Item takes besides its strings, on 64-bit.
-const acceptItemBytes = 88
+// What an Accept and an Item take besides their strings, on 64-bit.
+const (
+	acceptBytes     = 448
+	acceptItemBytes = 88
+)
 
 func (a *Accept) size() int64 {
-	n := int64(384 + len(a.Destination) + len(a.TxnID))
+	n := int64(acceptBytes + len(a.Destination) + len(a.TxnID))
+	if a.lazy() {
+		return n + max(a.Bytes, 0)
+	}
 	for i := range a.Items {
 		it := &a.Items[i]
 		n += int64(acceptItemBytes + len(it.Key) + len(it.Group) + len(it.Payload))
@@ -52,13 +74,13 @@ func (a *Accept) size() int64 {
 	return n
 }
 
-// check tells whether the items can be stored.
-func (a *Accept) check() error {
-	if len(a.TxnID) > MaxTxnID {
-		return fmt.Errorf("%w: a transaction id of %d bytes", ErrInvalid, len(a.TxnID))
-	}
-	for i := range a.Items {
-		if it := &a.Items[i]; it.Kind.Lane() == 0 || len(it.Payload) == 0 || it.Lifetime < 0 {
+// lazy tells whether the items are still to be loaded.
+func (a *Accept) lazy() bool { return a.Items == nil && a.Load != nil }
+
+// check tells whether items can be stored.
+func check(items []matrix.Item) error {
+	for i := range items {
+		if it := &items[i]; it.Kind.Lane() == 0 || len(it.Payload) == 0 || it.Lifetime < 0 {
 			return fmt.Errorf("%w: an item of kind %d, %d bytes, lifetime %v", ErrInvalid, it.Kind, len(it.Payload), it.Lifetime)
 		}
 	}
@@ -67,8 +89,8 @@ func (a *Accept) check() error {
 
 func (a *Accept) apply(o *outbox) (int64, error) {
 	a.Result = AcceptResult{}
-	if err := a.check(); err != nil {
-		return 0, err
+	if len(a.TxnID) > MaxTxnID {
+		return 0, fmt.Errorf("%w: a transaction id of %d bytes", ErrInvalid, len(a.TxnID))
 	}
 	d, err := o.newDest(a.Destination)
 	if err != nil {
@@ -78,18 +100,51 @@ func (a *Accept) apply(o *outbox) (int64, error) {
 		a.Result.Repeated, a.Result.Destination = true, d.Destination
 		return 0, nil
 	}
-	bytes := int64(0)
-	for i := range a.Items {
-		bytes += itemBytes + int64(len(a.Items[i].Payload))
+	if !a.lazy() {
+		return a.add(o, d, a.Items)
 	}
-	if err := o.room(bytes); err != nil {
+	var rows int64
+	items, err := a.Load(o.scratch[:0])
+	if err != nil {
+		err = fmt.Errorf("%w: loading the items: %w", ErrInvalid, err)
+	} else {
+		rows, err = a.add(o, d, items)
+	}
+	o.reuse(items)
+	return rows, err
+}
+
+// maxScratch is how many items outbox.scratch holds. Few transactions have more,
+// and what those need is not worth keeping.
+const maxScratch = 512
+
+// reuse makes items the next scratch if it is larger, and lets go of the payloads:
+// each may keep the whole body of a transaction in memory. Items may lie behind
+// the length, where a Load has taken some back.
+func (o *outbox) reuse(items []matrix.Item) {
+	if cap(items) > cap(o.scratch) && cap(items) <= maxScratch {
+		o.scratch = items
+	}
+	clear(o.scratch[:cap(o.scratch)])
+}
+
+// add puts the items into d.
+func (a *Accept) add(o *outbox, d *dest, items []matrix.Item) (int64, error) {
+	if err := check(items); err != nil {
+		return 0, err
+	}
+	for i := range items {
+		a.Result.Kinds.add(items[i].Kind, 1, int64(len(items[i].Payload)))
+	}
+	brought := a.Result.Kinds.Sum()
+	if err := o.room(brought.Items*itemBytes + brought.Bytes); err != nil {
 		return 0, err
 	}
 	before, oldest := d.Kinds.Sum(), d.Oldest
 	m := merger{outbox: o, dest: d, result: &a.Result}
-	for i := range a.Items {
-		if err := m.add(&a.Items[i], a.Accepted); err != nil {
-			return 0, fmt.Errorf("item %d, %v: %w", i, a.Items[i].Kind, err)
+	for i := range items {
+		if err := m.add(&items[i], a.Accepted); err != nil {
+			return 0, fmt.Errorf("item %d, %v: %w", i, items[i].Kind, err)
 		}
 	}
 	if m.oldest != 0 && m.oldest == oldest {

@@ -22,7 +22,24 @@ func benchmarkTxn(i int) *Accept {
 	}
 }
 
-func BenchmarkAccept(b *testing.B) {
+func BenchmarkAccept(b *testing.B) { benchmarkAccept(b, benchmarkTxn) }
+
+// BenchmarkAcceptLoad accepts the same as the bodies that they come in, which the
+// writer takes apart.
+func BenchmarkAcceptLoad(b *testing.B) {
+	benchmarkAccept(b, func(i int) *Accept {
+		a := benchmarkTxn(i)
+		body := bodyOf([]string{string(a.Items[0].Payload)}, nil)
+		a.Items, a.Bytes = nil, int64(len(body))
+		a.Load = func(dst []matrix.Item) ([]matrix.Item, error) {
+			txn, err := matrix.ParseTransaction(body)
+			return txn.Items(dst), err
+		}
+		return a
+	})
+}
+
+func benchmarkAccept(b *testing.B, txn func(int) *Accept) {
 	eachGroupSize(b, func(b *testing.B, group int) {
 		s := open(b, Options{Path: newPath(b), MaxGroup: group, QueueBytes: 16 << 20, MaxFileBytes: 1 << 40, MaxDestItems: 1 << 30})
 		flight := make(chan struct{}, 2*group)
@@ -34,7 +51,7 @@ func BenchmarkAccept(b *testing.B) {
 		}
 		txns := make([]*Accept, b.N)
 		for i := range txns {
-			txns[i] = benchmarkTxn(i)
+			txns[i] = txn(i)
 		}
 		b.ResetTimer()
 		for _, a := range txns {

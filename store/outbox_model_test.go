@@ -62,8 +62,13 @@ func (d *modelDest) accept(a *Accept) (r AcceptResult) {
 		return AcceptResult{Repeated: true}
 	}
 	d.txn = a.TxnID
+	list := a.Items
+	if a.Load != nil {
+		list, _ = a.Load(nil)
+	}
 next:
-	for _, it := range a.Items {
+	for _, it := range list {
+		r.Kinds.add(it.Kind, 1, int64(len(it.Payload)))
 		lane := &d.lanes[it.Kind.Lane()]
 		var old *modelItem
 		for _, other := range *lane {
@@ -314,6 +319,9 @@ func (r *run) op() (OutboxOp, func()) {
 	switch r.pick(12) {
 	case 0, 1, 2, 3:
 		a := &Accept{Destination: name, TxnID: fmt.Sprint(r.pick(6)), Items: r.items(), Accepted: r.now}
+		if list := a.Items; r.pick(2) == 0 {
+			a.Items, a.Load = nil, func(dst []matrix.Item) ([]matrix.Item, error) { return append(dst, list...), nil }
+		}
 		return a, func() {
 			want := r.model.dest(name).accept(a)
 			want.Destination = r.model[name].summary(name)

@@ -157,6 +157,7 @@ type stmt struct {
 func (s *stmt) exec(args ...driver.Value) (int64, error) {
 	s.args = named(s.args[:0], args)
 	res, err := s.raw.ExecContext(context.Background(), s.args)
+	clear(s.args) // a payload may keep the whole body of a transaction in memory
 	if err != nil {
 		return 0, err
 	}

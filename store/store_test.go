@@ -212,6 +212,12 @@ func TestSizesCoverWhatABatchHolds(t *testing.T) {
 	if n := unsafe.Sizeof(Host{}); n > hostBytes {
 		t.Errorf("a host takes %d bytes, counted as %d", n, hostBytes)
 	}
+	if n := unsafe.Sizeof(Accept{}); n > acceptBytes {
+		t.Errorf("an Accept takes %d bytes, counted as %d", n, acceptBytes)
+	}
+	if n := unsafe.Sizeof(matrix.Item{}); n > acceptItemBytes {
+		t.Errorf("an item takes %d bytes, counted as %d", n, acceptItemBytes)
+	}
 	op := &Hold{Destination: "abc"}
 	b := Batch{Hosts: []Host{{Name: "abc", Error: "12345"}}, Forget: []matrix.ServerName{"x", "yz"}, Outbox: []OutboxOp{op, op}}
 	want(t, "size", b.size(), int64(batchBytes+hostBytes+3+5+2*nameBytes+3+2*opBytes)+2*op.size())
