@@ -16,7 +16,8 @@
 //	         it may load them only then
 //	Pack     freezes the front of each lane as the next transaction, or gives
 //	         again the one that is frozen
-//	Settle   deletes what was delivered, or divides what is refused
+//	Settle   deletes what was delivered, divides what is refused, or lets what
+//	         cannot have reached anybody wait again (Thaw)
 //	Compact, Expire, Drop
 //	         give up what is of no use
 //
@@ -25,6 +26,11 @@
 // the transaction comes out the same each time since nothing that it is made of
 // changes: see Pack. Everything is safe to do twice: a repeated Accept is known
 // by the homeserver's id, a Settle by that of the batch, and Pack repeats itself.
+//
+// Nothing that is frozen changes, for nobody knows what the destination has seen
+// of it. But of a batch for which not even a connection came about it is known:
+// nothing. It would only grow stale, with newer items beside it that could take the
+// place of its own. Thaw lets them: the items wait as if never packed.
 //
 // # Order and duties
 //
@@ -67,6 +73,11 @@
 //     expired or cannot be sent) or because a newer one replaces it, and is
 //     counted in the Result. Frozen ones leave by Settle and Drop alone, or to be
 //     set aside.
+//   - Of one key whose newer items take the place of older ones (MergeReplace,
+//     MergeFields) one item waits besides what is frozen, also after a Thaw, and
+//     so a transaction has no two of them, which a receiver may handle in either
+//     order.
+//   - A half of a batch that was refused is never thawed.
 //   - No clock decides anything. Times in rows come from the caller; which rows
 //     are old is known from the order of writes. Only Stats and the log hold
 //     durations.

@@ -132,6 +132,9 @@ type part struct {
 	Max   int            `json:"max,omitempty"`
 	Spans []span         `json:"spans"`
 	Kinds []partialTotal `json:"kinds"`
+	// Refused says that it was part of a batch that the destination has seen and
+	// refused.
+	Refused bool `json:"refused,omitempty"`
 }
 
 // span is the items of a lane with the numbers from First to Last.

@@ -182,13 +182,13 @@ func (o *outbox) bound(d *dest, before KindTotal) error {
 	return nil
 }
 
-// merger adds items to one destination.
+// merger adds items to one destination, or thaws those that it has.
 type merger struct {
 	*outbox
 	dest   *dest
-	result *AcceptResult
-	rows   int64 // changed
-	oldest int64 // the time of the oldest item deleted
+	result *AcceptResult // of those added
+	rows   int64         // changed
+	oldest int64         // the time of the oldest item deleted
 }
 
 func (m *merger) add(it *matrix.Item, accepted int64) error {
@@ -269,8 +269,8 @@ func (m *merger) merge(old *queued, it *matrix.Item) (merged []byte, replaces bo
 // item causes has a bound, and so has the queue.
 const maxChain = 100
 
-// relink takes old out of the chain of its user's device lists, of which it is
-// the last.
+// relink takes old out of the chain of its user's device lists. it is the last of
+// them, or already stands among those behind old; then merged is of no use.
 func (m *merger) relink(old *queued, it *matrix.Item) (merged []byte, replaces bool, err error) {
 	first := append(make([]byte, 0, groupBytes+hashBytes), old.key[:groupBytes]...)
 	last := append(make([]byte, 0, groupBytes+hashBytes), first...)
@@ -305,4 +305,44 @@ func (m *merger) relink(old *queued, it *matrix.Item) (merged []byte, replaces b
 		m.rows++
 	}
 	return merged, replaces, nil
+}
+
+// thaw merges old, which is frozen and about to be no more, with the newest item
+// of its kind and key that came since. gone says that old was dropped: the newer
+// one has its place, as if it had come when old was not frozen.
+func (m *merger) thaw(old *queued) (gone bool, err error) {
+	newer, err := m.find(old.kind, old.key)
+	if newer == nil || err != nil {
+		return false, err
+	}
+	if old.kind.Merge() != matrix.MergeReplace {
+		// Device lists dropped before this one may have changed it.
+		if err := m.each(m.dest, old.lane, old.seq, old.seq, func(it *queued) error {
+			*old = *it
+			return nil
+		}); err != nil {
+			return false, err
+		}
+	}
+	switch old.kind.Merge() {
+	case matrix.MergeFields:
+		merged, err := matrix.MergeSigningKeys(old.payload, newer.payload)
+		if errors.Is(err, matrix.ErrItem) {
+			return false, nil
+		}
+		if err == nil {
+			err = m.rewrite(m.dest, newer, merged)
+		}
+		if err != nil {
+			return false, err
+		}
+		m.rows++
+	case matrix.MergeChain:
+		_, replaces, err := m.relink(old, &matrix.Item{Kind: newer.kind, Payload: newer.payload})
+		if !replaces || err != nil {
+			return false, err
+		}
+	}
+	m.rows++
+	return true, m.drop(m.dest, old)
 }

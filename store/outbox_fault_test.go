@@ -37,8 +37,14 @@ func snapshot(t *testing.T, s *Store, dests ...matrix.ServerName) string {
 func everyOp(t *testing.T) []OutboxOp {
 	big := strings.Repeat("x", 5000)
 	list := items(t, []string{pdu("!r", 1, big), pdu("!r", 2, "x")}, []string{toDevice("1", big), presence("@u:hs1.test", big, 1)})
+	newer := items(t, nil, []string{presence("@u:hs1.test", big+"newer", 1), deviceList("@u:hs1.test", "B", 2, big, 1)})
 	return []OutboxOp{
-		&Accept{Destination: "a.test", TxnID: "1", Items: list, Accepted: 1},
+		&Accept{Destination: "a.test", TxnID: "0", Accepted: 1, Load: func(dst []matrix.Item) ([]matrix.Item, error) {
+			return append(append(dst, list...), edus(t, deviceList("@u:hs1.test", "B", 1, big, 0))...), nil
+		}},
+		&Pack{Destination: "a.test", NewID: "b0", Now: 1, Origin: origin, MaxBytes: 1 << 20},
+		&Accept{Destination: "a.test", TxnID: "1", Items: newer, Accepted: 1},
+		&Settle{Destination: "a.test", TxnID: "b0", Outcome: Thaw, Now: 1},
 		&Pack{Destination: "a.test", NewID: "b1", Now: 2, Origin: origin, MaxBytes: 1 << 20},
 		&Settle{Destination: "a.test", TxnID: "b1", Outcome: Bisect, Now: 3},
 		&Pack{Destination: "a.test", NewID: "b2", Now: 4, Origin: origin, MaxBytes: 1 << 20},

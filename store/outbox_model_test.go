@@ -34,6 +34,7 @@ type modelPart struct {
 	id    string
 	at    int64
 	items []*modelItem
+	half  bool // of a refused batch
 }
 
 func (m model) dest(name matrix.ServerName) *modelDest {
@@ -172,6 +173,18 @@ func (d *modelDest) settle(s *Settle) (r SettleResult) {
 		return r
 	}
 	r.Found = true
+	if s.Outcome == Thaw {
+		if len(d.parts) == 1 && !d.parts[0].half {
+			r.Thawed = true
+			for _, it := range d.parts[0].items {
+				if d.thaw(it) {
+					r.Merged++
+				}
+			}
+			d.parts = nil
+		}
+		return r
+	}
 	items := d.parts[0].items
 	d.parts = d.parts[1:]
 	in := func(it *modelItem) bool { return slices.Contains(items, it) }
@@ -184,9 +197,64 @@ func (d *modelDest) settle(s *Settle) (r SettleResult) {
 		r.SetAside = &Aside{Payload: items[0].Payload}
 	default:
 		half := len(items) / 2
-		d.parts = append([]modelPart{{items: items[:half]}, {items: items[half:]}}, d.parts...)
+		d.parts = append([]modelPart{{items: items[:half], half: true}, {items: items[half:], half: true}}, d.parts...)
 	}
 	return r
+}
+
+// thaw unfreezes an item and follows the words of matrix.Merge for it and the
+// newest one of its key that came since.
+func (d *modelDest) thaw(old *modelItem) (gone bool) {
+	defer func() { old.frozen = false }()
+	lane := &d.lanes[old.Kind.Lane()]
+	var newer *modelItem
+	for _, it := range *lane {
+		if !it.frozen && old.Key != "" && it.Kind == old.Kind && it.Key == old.Key {
+			newer = it
+		}
+	}
+	if newer == nil {
+		return false
+	}
+	switch old.Kind.Merge() {
+	case matrix.MergeReplace:
+		gone = true
+	case matrix.MergeFields:
+		merged, err := matrix.MergeSigningKeys(old.Payload, newer.Payload)
+		if err != nil {
+			panic(err)
+		}
+		newer.Payload, gone = merged, true
+	case matrix.MergeChain:
+		for _, later := range (*lane)[slices.Index(*lane, old)+1:] {
+			if later.Kind == old.Kind && later.Group == old.Group {
+				if p, refers, _ := matrix.RelinkDeviceList(old.Payload, later.Payload); refers {
+					later.Payload, gone = p, true
+				}
+			}
+		}
+	}
+	if gone {
+		*lane = slices.DeleteFunc(*lane, func(it *modelItem) bool { return it == old })
+	}
+	return gone
+}
+
+// twice returns an item that is in the batch with another of its key, though one
+// of the two should have taken the place of the other.
+func (p *modelPart) twice() *modelItem {
+	seen := map[string]bool{}
+	for _, it := range p.items {
+		if m := it.Kind.Merge(); it.Key == "" || m != matrix.MergeReplace && m != matrix.MergeFields {
+			continue
+		}
+		k := fmt.Sprint(it.Kind, it.Key)
+		if seen[k] {
+			return it
+		}
+		seen[k] = true
+	}
+	return nil
 }
 
 // expire removes from the lanes in which items expire what stands first.
@@ -264,6 +332,8 @@ type run struct {
 	next  int // for what must be new
 	chain int // stream id of device lists
 	packs map[matrix.ServerName]string
+
+	thawed, merged int // batches, and items that newer ones took the place of
 }
 
 func (r *run) pick(n int) int { return r.rng.IntN(n) }
@@ -341,12 +411,20 @@ func (r *run) op() (OutboxOp, func()) {
 				r.t.Errorf("packed for %s:\n got %s\nwant %s", name, got.Body, want.Body)
 			}
 			same("pack", []any{got.ID, got.At, got.Again, got.Expired, got.Destination}, []any{want.ID, want.At, want.Again, want.Expired, d.summary(name)})
+			if got.ID != "" {
+				if it := d.parts[0].twice(); it != nil {
+					r.t.Errorf("%s: one of two in a batch: %v %s", name, it.Kind, it.Payload)
+				}
+			}
 			r.packs[name] = got.ID
 		}
 	case 7, 8, 9:
 		s := &Settle{Destination: name, TxnID: r.packs[name], Outcome: Delivered, Now: r.now}
-		if r.pick(3) == 0 {
+		switch r.pick(6) {
+		case 0, 1:
 			s.Outcome = Bisect
+		case 2, 3:
+			s.Outcome = Thaw
 		}
 		return s, func() {
 			d := r.model[name]
@@ -354,8 +432,12 @@ func (r *run) op() (OutboxOp, func()) {
 				return
 			}
 			want, got := d.settle(s), s.Result
-			same("settle", []any{got.Found, got.Delivered, got.Destination, got.SetAside != nil},
-				[]any{want.Found, want.Delivered, d.summary(name), want.SetAside != nil})
+			same("settle", []any{got.Found, got.Delivered, got.Destination, got.SetAside != nil, got.Thawed, got.Merged},
+				[]any{want.Found, want.Delivered, d.summary(name), want.SetAside != nil, want.Thawed, want.Merged})
+			if got.Thawed {
+				r.thawed++
+			}
+			r.merged += got.Merged
 			if want.SetAside != nil {
 				same("set aside", string(got.SetAside.Payload), string(want.SetAside.Payload))
 			}
@@ -442,7 +524,7 @@ func TestTheOutboxIsThatOfAPlainModel(t *testing.T) {
 		return nil
 	}}
 	s := open(t, opt)
-	failed, done := 0, 0
+	failed, done, thawed, merged := 0, 0, 0, 0
 	for seed := range uint64(seeds) {
 		r := &run{t: t, rng: rand.New(rand.NewPCG(seed, 1)), model: model{}, now: 1000, packs: map[matrix.ServerName]string{}}
 		for i := range 1 + r.pick(3) {
@@ -488,13 +570,15 @@ func TestTheOutboxIsThatOfAPlainModel(t *testing.T) {
 			audit(t, path)
 		}
 		r.settleAll(s)
+		thawed += r.thawed
+		merged += r.merged
 		if t.Failed() {
 			t.Fatalf("seed %d", seed)
 		}
 	}
 	want(t, "items in the end", s.Stats().Outbox.Items, int64(0))
-	t.Logf("%d operations, %d batches failed", done, failed)
-	if failed == 0 {
-		t.Error("no batch failed")
+	t.Logf("%d operations, %d batches failed, %d thawed with %d items merged", done, failed, thawed, merged)
+	if failed == 0 || thawed == 0 || merged == 0 {
+		t.Error("not all of it happened")
 	}
 }

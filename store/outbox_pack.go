@@ -171,7 +171,7 @@ const maxSeq = 1<<63 - 1
 
 // takeFrozen fills b with what is frozen.
 func (w *packing) takeFrozen(b *matrix.Builder) error {
-	w.packed = part{ID: w.part.ID, At: w.part.At, Max: w.part.Max}
+	w.packed = part{ID: w.part.ID, At: w.part.At, Max: w.part.Max, Refused: w.part.Refused}
 	for _, s := range w.part.Spans {
 		if err := w.each(w.dest, s.Lane, s.First, s.Last, func(it *queued) error { return w.take(b, it) }); err != nil {
 			return err
@@ -235,6 +235,17 @@ const (
 	// are divided into two halves, which are packed one after the other, under
 	// new ids. A single item is set aside.
 	Bisect
+	// Thaw: nothing of the batch can have reached the destination, for no
+	// connection came about at any attempt, by this process or one before
+	// (PackResult.Again). Its items wait again as if they had never been packed:
+	// newer ones that have come meanwhile replace them or merge with them, by the
+	// rules of their kinds, the others keep their places, and what is packed next
+	// has a new id.
+	//
+	// A half of a batch that was refused is not thawed, nor is one while the other
+	// is still to be tried: the destination has seen what is in it, and to divide
+	// it would have to begin anew.
+	Thaw
 )
 
 // Settle ends a transaction that was packed. If it is not the one that is frozen
@@ -254,6 +265,8 @@ type Settle struct {
 type SettleResult struct {
 	Found     bool       // it was the frozen one
 	Delivered KindTotals // deleted
+	Thawed    bool       // nothing is frozen any more
+	Merged    int        // items that newer ones took the place of when they thawed
 	// SetAside is the item that was set aside, nil if none was.
 	SetAside *Aside
 	// Destination is what is pending afterwards.
@@ -264,12 +277,12 @@ type SettleResult struct {
 func (s *Settle) String() string { return fmt.Sprintf("settle for %q", s.Destination) }
 
 func (s *Settle) size() int64 {
-	return int64(384 + len(s.Destination) + len(s.TxnID) + len(s.Reason))
+	return int64(448 + len(s.Destination) + len(s.TxnID) + len(s.Reason))
 }
 
 func (s *Settle) apply(o *outbox) (int64, error) {
 	s.Result = SettleResult{}
-	if s.Outcome != Delivered && s.Outcome != Bisect {
+	if s.Outcome < Delivered || s.Outcome > Thaw {
 		return 0, fmt.Errorf("%w: outcome %d", ErrInvalid, s.Outcome)
 	}
 	d, err := o.dest(s.Destination)
@@ -282,10 +295,17 @@ func (s *Settle) apply(o *outbox) (int64, error) {
 	}
 	s.Result.Found = true
 	var rows int64
-	if s.Outcome == Delivered {
+	switch s.Outcome {
+	case Delivered:
 		rows, err = s.delivered(o, d)
-	} else {
+	case Bisect:
 		rows, err = s.bisect(o, d)
+	case Thaw:
+		if len(d.parts) > 1 || d.parts[0].Refused {
+			s.Result.Destination = d.Destination
+			return 0, nil
+		}
+		rows, err = s.thaw(o, d)
 	}
 	if err == nil {
 		err = o.save(d)
@@ -321,7 +341,7 @@ func (s *Settle) bisect(o *outbox, d *dest) (rows int64, err error) {
 	p := d.parts[0]
 	n := p.totals()
 	half := n.Sum().Items / 2
-	var halves [2]part
+	halves := [2]part{{Refused: true}, {Refused: true}}
 	var last queued
 	for _, sp := range p.Spans {
 		if err := o.each(d, sp.Lane, sp.First, sp.Last, func(it *queued) error {
@@ -352,4 +372,45 @@ func (s *Settle) bisect(o *outbox, d *dest) (rows int64, err error) {
 	}
 	s.Result.SetAside = aside
 	return 2, o.findOldest(d)
+}
+
+// thaw lets the items of the batch wait again. Of a lane in which nothing else
+// waits none is read.
+func (s *Settle) thaw(o *outbox, d *dest) (rows int64, err error) {
+	m := merger{outbox: o, dest: d}
+	p := d.parts[0]
+	frozen := p.totals()
+	for _, sp := range p.Spans {
+		if d.Kinds.lane(sp.Lane) == frozen.lane(sp.Lane) {
+			continue
+		}
+		var list []queued
+		if err := o.each(d, sp.Lane, sp.First, sp.Last, func(it *queued) error {
+			switch it.kind.Merge() {
+			case matrix.MergeReplace, matrix.MergeFields, matrix.MergeChain:
+				if it.key != nil {
+					it.payload = nil // a batch of them is large
+					list = append(list, *it)
+				}
+			}
+			return nil
+		}); err != nil {
+			return 0, err
+		}
+		for i := range list {
+			gone, err := m.thaw(&list[i])
+			if err != nil {
+				return 0, err
+			}
+			if gone {
+				s.Result.Merged++
+			}
+		}
+	}
+	d.parts = nil
+	s.Result.Thawed = true
+	if s.Result.Merged > 0 {
+		err = o.findOldest(d)
+	}
+	return m.rows, err
 }
