@@ -26,12 +26,15 @@ func (b *Backlog) Total() (n int64) {
 }
 
 // Adjusted: somebody other than the core has changed what the store holds for a
-// destination, or, with Flush, wants it to be tried at once.
+// destination.
 type Adjusted struct {
 	Dest    matrix.ServerName
 	Backlog Backlog
-	Flush   bool
 }
+
+// Flush: what is pending for a destination is to be tried at once, whatever its
+// back-off says.
+type Flush struct{ Dest matrix.ServerName }
 
 // QueueStatus is the queue of one destination at one moment, for people.
 type QueueStatus struct {

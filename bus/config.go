@@ -51,16 +51,16 @@ type Config struct {
 // Default returns the limits that suit a board with four small cores.
 func Default() Config {
 	return Config{
-		Workers:         128,
-		Unknown:         96,
-		Failing:         24,
+		Workers:         80,
+		Unknown:         60,
+		Failing:         16,
 		HostConcurrency: 4,
 		HostRate:        10,
 		HostBurst:       10,
-		MaxRequests:     5000,
-		MaxHosts:        8000,
+		MaxRequests:     4300,
+		MaxHosts:        6000,
 		CacheEntries:    2000,
-		CacheBytes:      2 * sched.MiB,
+		CacheBytes:      sched.MiB,
 	}
 }
 

@@ -179,6 +179,7 @@ func (Trimmed) event()      {}
 func (Pressure) event()     {}
 func (Suspended) event()    {}
 func (Adjusted) event()     {}
+func (Flush) event()        {}
 
 // HostRecord is what is kept of a destination over a restart. Times are the
 // bus's; zero is "never".

@@ -137,6 +137,8 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 		m.trimmed(ev)
 	case Adjusted:
 		m.adjusted(ev)
+	case Flush:
+		m.flush(ev.Dest)
 	case Suspended:
 		m.suspend(ev.Why)
 	case Pressure:

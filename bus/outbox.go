@@ -355,8 +355,7 @@ func (m *Machine) wake(h *host) {
 	m.plan(q)
 }
 
-// adjusted: an admin has changed what the store holds, or wants a destination
-// to be tried.
+// adjusted: an admin has changed what the store holds.
 func (m *Machine) adjusted(ev Adjusted) {
 	m.backlog(ev.Dest, ev.Backlog, [matrix.NumKinds + 1]int32{})
 	q := m.outbox.queues[ev.Dest]
@@ -367,9 +366,13 @@ func (m *Machine) adjusted(ev Adjusted) {
 		m.unqueue(c)
 		m.leave(q)
 		m.plan(q)
-		return
 	}
-	if !ev.Flush || q.call != nil {
+}
+
+// flush: an admin wants a destination to be tried now.
+func (m *Machine) flush(dest matrix.ServerName) {
+	q := m.outbox.queues[dest]
+	if q == nil || q.call != nil {
 		return
 	}
 	q.due, q.notBefore = m.now, 0

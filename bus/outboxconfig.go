@@ -31,7 +31,7 @@ type OutboxConfig struct {
 // DefaultOutbox returns what suits a board with four small cores.
 func DefaultOutbox() OutboxConfig {
 	return OutboxConfig{
-		MaxQueues:      6000,
+		MaxQueues:      4500,
 		MaxTransaction: 4 * sched.MiB,
 		PresenceWindow: 10 * time.Second,
 		ReceiptWindow:  time.Second,

@@ -95,13 +95,13 @@ func DefaultPace() PaceConfig {
 		Ceiling:         25,
 		Hurry:           9,
 		Hold:            20 * time.Second,
-		MaxHeld:         4500,
+		MaxHeld:         4000,
 		SmallRoom:       9, // as Synapse: fewer than 10 (send_read_receipt in federation/sender)
 		Talk:            5 * time.Minute,
 		Prompt:          60, // above the 50 destinations a second that presence wakes (_DestinationWakeupQueue)
 		MaxRooms:        2000,
-		MaxDestinations: 10000,
-		MaxBytes:        6 * sched.MiB,
+		MaxDestinations: 4500,
+		MaxBytes:        2560 * sched.KiB,
 	}
 }
 

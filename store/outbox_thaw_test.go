@@ -149,7 +149,7 @@ func newRemote(rng *rand.Rand) *remote {
 type remoteEDU struct {
 	Type    string          `json:"edu_type"`
 	Content json.RawMessage `json:"content"`
-	place   int // in the transaction, if it keeps that
+	place   int             // in the transaction, if it keeps that
 }
 
 func (r *remote) take(body []byte) error {

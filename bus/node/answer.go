@@ -10,10 +10,11 @@ import (
 	"fsbus/netx"
 )
 
-// answer is one reply to be written: what a remote answered, or a refusal of
-// the bus's own.
+// answer is one reply to be written: what a remote answered, a refusal of the
+// bus's own, or that a transaction is taken over.
 type answer struct {
 	in      *netx.Inbound
+	taken   bool
 	refusal *bus.Refuse
 	from    *attempt
 	reader  *netx.Reader
@@ -30,9 +31,12 @@ type replyCounts struct {
 // write writes one answer. It runs on a replier.
 func (n *Node) write(a answer) {
 	var err error
-	if a.refusal != nil {
+	switch {
+	case a.taken:
+		err = a.in.Reply(200, nil, takenBody)
+	case a.refusal != nil:
 		err = a.in.Reply(a.refusal.Status, nil, refusalBody(a.refusal))
-	} else {
+	default:
 		defer a.from.body.Release()
 		defer a.reader.Close()
 		size := a.from.size
@@ -54,6 +58,11 @@ func (n *Node) write(a answer) {
 		n.notable.reply(a.in, err)
 	}
 }
+
+// takenBody is the answer to a transaction that is taken over (S2S
+// "Transactions"). A Synapse looks into it only for errors of events
+// (federation/sender/transaction_manager.py).
+var takenBody = []byte(`{"pdus":{}}`)
 
 // unwritten ends an answer whose replier panicked.
 func (n *Node) unwritten(a answer, err error) {

@@ -42,6 +42,9 @@ const (
 	// of well-known documents (netx.ClientConfig.WellKnownCache, 660 bytes
 	// each).
 	resolverCost = 2*sched.MiB + 4096*660
+	// queueCost is a server for which something is pending: what the core knows
+	// of it, its timer, its name, its place in the map.
+	queueCost = 400 * sched.Bytes(1)
 	// sessionCost is a TLS session that may be resumed (0.6 KiB measured), and
 	// there are as many as netx.ClientConfig.SessionCache.
 	sessionCost = sched.KiB
@@ -114,6 +117,12 @@ func (c *Config) Budget() Budget {
 	add("TLS sessions", "", sessions, sessionCost)
 	add("bodies on their way", "outbound.spool_memory", 1, o.SpoolMemory)
 	add("answers kept", "outbound.cache", 1, o.Cache)
+	if c.hasOutbox() {
+		// One that is being packed and one that is signed or taken apart.
+		add("transactions being made", "outbox.max_transaction_bytes", 2, c.Outbox.MaxTransactionBytes)
+		add("servers with a queue", "outbox.max_destinations", c.Outbox.MaxDestinations, queueCost)
+		add("who is in which room", "outbox.ack_memory", 1, c.Outbox.AckMemory)
+	}
 	return b
 }
 

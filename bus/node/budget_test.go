@@ -10,26 +10,36 @@ import (
 	"fsbus/sched"
 )
 
+// withKeys returns the defaults with an outbox.
+func withKeys() Config {
+	c := DefaultConfig()
+	c.Homeserver.keys = &Keys{}
+	return c
+}
+
 // The table is what fsbus check shows; a limit or a cost that changes shows
 // here.
 func TestBudgetTable(t *testing.T) {
 	const want = `memory at worst               count      each     total   set by
   program and database            1  16.0 MiB  16.0 MiB
-  requests that wait           5000   2.5 KiB  12.2 MiB   front.max_connections
-  requests being read            64  50.0 KiB   3.1 MiB   front.max_reading
-  requests to other servers     128  88.0 KiB  11.0 MiB   outbound.workers
-  idle connections               96  40.0 KiB   3.8 MiB   outbound.idle_connections
-  servers remembered           8000     768 B   5.9 MiB   outbound.max_hosts
+  requests that wait           4300   2.5 KiB  10.5 MiB   front.max_connections
+  requests being read            32  50.0 KiB   1.6 MiB   front.max_reading
+  requests to other servers      80  88.0 KiB   6.9 MiB   outbound.workers
+  idle connections               72  40.0 KiB   2.8 MiB   outbound.idle_connections
+  servers remembered           6000     768 B   4.4 MiB   outbound.max_hosts
   names and addresses             1   4.6 MiB   4.6 MiB
   TLS sessions                 1000   1.0 KiB   1.0 MiB
-  bodies on their way             1   4.0 MiB   4.0 MiB   outbound.spool_memory
-  answers kept                    1   2.0 MiB   2.0 MiB   outbound.cache
-  sum                                          63.5 MiB   of memory_limit, 64.0 MiB
-goroutines                     1216
-connections to servers          352
-file descriptors               5688
+  bodies on their way             1   3.0 MiB   3.0 MiB   outbound.spool_memory
+  answers kept                    1   1.0 MiB   1.0 MiB   outbound.cache
+  transactions being made         2   4.0 MiB   8.0 MiB   outbox.max_transaction_bytes
+  servers with a queue         4500     400 B   1.7 MiB   outbox.max_destinations
+  who is in which room            1   2.5 MiB   2.5 MiB   outbox.ack_memory
+  sum                                          63.9 MiB   of memory_limit, 64.0 MiB
+goroutines                      800
+connections to servers          232
+file descriptors               4868
 `
-	c := DefaultConfig()
+	c := withKeys()
 	var b bytes.Buffer
 	n, err := c.Budget().WriteTo(&b)
 	if err != nil || n != int64(b.Len()) {
@@ -51,7 +61,7 @@ func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 // Each key that the budget blames changes it by what it says, and no key of
 // another name does.
 func TestBudgetKeys(t *testing.T) {
-	d := DefaultConfig()
+	d := withKeys()
 	before := d.Budget()
 	for i, f := range d.fields() {
 		each := sched.Bytes(0)
@@ -60,7 +70,7 @@ func TestBudgetKeys(t *testing.T) {
 				each = it.Each
 			}
 		}
-		c := DefaultConfig()
+		c := withKeys()
 		step := sched.Bytes(1)
 		switch p := c.fields()[i].value.Addr().Interface().(type) {
 		case *int:
@@ -68,8 +78,8 @@ func TestBudgetKeys(t *testing.T) {
 			step = each
 		case *sched.Bytes:
 			*p++
-			if each == 0 {
-				step = 0 // not memory
+			if step = 0; each > 0 { // memory
+				step = before.count(f.key())
 			}
 		default:
 			continue
@@ -78,6 +88,16 @@ func TestBudgetKeys(t *testing.T) {
 			t.Errorf("one more of %s changes the sum by %d, want %d", f.key(), got, step)
 		}
 	}
+}
+
+// count is how many of what key bounds are counted.
+func (b Budget) count(key string) sched.Bytes {
+	for _, it := range b.Items {
+		if it.Key == key {
+			return sched.Bytes(it.Count)
+		}
+	}
+	return 0
 }
 
 func TestBudgetCountsEverything(t *testing.T) {
@@ -117,7 +137,7 @@ func TestBudgetCountsEverything(t *testing.T) {
 // The largest values that the ranges allow overflow nothing, also where an int
 // has 32 bits.
 func TestBudgetOfTheLargestLimits(t *testing.T) {
-	c := DefaultConfig()
+	c := withKeys()
 	for _, f := range c.fields() {
 		if _, numeric := number(f.value.Interface()); !numeric {
 			continue
@@ -131,7 +151,7 @@ func TestBudgetOfTheLargestLimits(t *testing.T) {
 		}
 	}
 	b := c.Budget()
-	if b.Goroutines < 0 || b.FileDescriptors < 0 || b.Memory < 2*sched.GiB || b.Memory > 4*sched.GiB {
+	if b.Goroutines < 0 || b.FileDescriptors < 0 || b.Memory < 2*sched.GiB || b.Memory > 8*sched.GiB {
 		t.Errorf("%d goroutines, %d files, %d bytes", b.Goroutines, b.FileDescriptors, b.Memory)
 	}
 	if slices.ContainsFunc(b.Items, func(it BudgetItem) bool { return it.Total <= 0 }) {

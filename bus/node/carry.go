@@ -39,15 +39,15 @@ const (
 	wholeAtOnce = 8 << 10
 )
 
-// carry takes a request to its remote and brings the answer. It runs on a
-// sender and posts exactly one Done.
-func (n *Node) carry(a *attempt) {
+// run takes a request to its remote and brings the answer. It runs on a sender
+// and posts exactly one Done.
+func (a *attempt) run(n *Node) {
 	failure, detail := n.exchange(a)
 	n.end(a, failure, detail)
 }
 
 // crashed ends an attempt whose sender panicked.
-func (n *Node) crashed(a *attempt, err error) {
+func (a *attempt) crashed(n *Node, err error) {
 	n.log.Error("a worker failed", "error", err)
 	n.end(a, matrix.FailLocal, "internal error")
 }

@@ -16,6 +16,7 @@ import (
 	"fsbus/bus/matrix"
 	"fsbus/netx"
 	"fsbus/sched"
+	"fsbus/store"
 )
 
 // Config is the configuration file. Load reads, completes and checks it.
@@ -48,6 +49,7 @@ type Config struct {
 	Homeserver HomeserverConfig `toml:"homeserver"`
 	Front      FrontConfig      `toml:"front"`
 	Outbound   OutboundConfig   `toml:"outbound"`
+	Outbox     OutboxConfig     `toml:"outbox"`
 	Federation FederationConfig `toml:"federation"`
 	Status     StatusConfig     `toml:"status"`
 }
@@ -57,6 +59,12 @@ type HomeserverConfig struct {
 	// ServerName is server_name of the homeserver's own configuration.
 	// Required.
 	ServerName matrix.ServerName `toml:"server_name" eg:"\"example.org\""`
+	// SigningKeyPath is the file of the homeserver's signing keys, as its own
+	// signing_key_path has it. Default "": there is no outbox. The file is read
+	// at the start and on each reload; whether there is one needs a restart.
+	SigningKeyPath string `toml:"signing_key_path" eg:"\"/etc/matrix-synapse/homeserver.signing.key\"" reload:"yes"`
+
+	keys *Keys // what Load found at SigningKeyPath; nil if it is not set
 }
 
 // FrontConfig is the side that the homeserver connects to.
@@ -84,11 +92,11 @@ type FrontConfig struct {
 	// false. The secret and all requests cross that network unencrypted.
 	AllowRemote bool `toml:"allow_remote"`
 	// MaxConnections is how many requests of the homeserver are held at a
-	// time; further ones wait in the accept backlog. Default 5000, as a
+	// time; further ones wait in the accept backlog. Default 4300, as a
 	// homeserver sends to all servers of its rooms at once. Each costs 2.5 KiB
 	// and a file descriptor.
 	MaxConnections int `toml:"max_connections" range:"16..100000"`
-	// MaxReading is how many of them are being read at a time. Default 64.
+	// MaxReading is how many of them are being read at a time. Default 32.
 	// Each costs 50 KiB.
 	MaxReading int `toml:"max_reading" range:"16..1024"`
 
@@ -98,13 +106,13 @@ type FrontConfig struct {
 // OutboundConfig bounds what is sent to other servers.
 type OutboundConfig struct {
 	// Workers is how many requests to other servers run at a time. Default
-	// 128. Each costs 88 KiB, seven goroutines and two file descriptors.
+	// 80. Each costs 88 KiB, seven goroutines and two file descriptors.
 	Workers int `toml:"workers" range:"8..2048"`
 	// UnknownHosts is how many of the workers may wait for servers that have
-	// not answered yet. Default 96. After a start all servers are such.
+	// not answered yet. Default 60. After a start all servers are such.
 	UnknownHosts int `toml:"unknown_hosts" range:"1..2048" reload:"yes"`
 	// FailingHosts is how many of the workers may wait for servers whose last
-	// attempt failed. Default 24.
+	// attempt failed. Default 16.
 	FailingHosts int `toml:"failing_hosts" range:"1..2048" reload:"yes"`
 	// HostConcurrency is how many requests to one server run at a time.
 	// Default 4. A Synapse works on 3 of one origin at a time.
@@ -116,7 +124,7 @@ type OutboundConfig struct {
 	// HostRate holds. Default 10.
 	HostBurst int `toml:"host_burst" range:"1..1000" reload:"yes"`
 	// MaxHosts is how many servers are remembered, more than
-	// Front.MaxConnections and Workers together. Default 8000. Each costs
+	// Front.MaxConnections and twice Workers together. Default 6000. Each costs
 	// 768 bytes.
 	MaxHosts int `toml:"max_hosts" range:"100..1000000"`
 	// ConnectTimeout bounds connecting to one address of a server. Default 5 s.
@@ -137,19 +145,19 @@ type OutboundConfig struct {
 	// a file descriptor.
 	DNSQueries int `toml:"dns_queries" range:"1..256"`
 	// IdleConnections is how many connections to other servers stay open for
-	// the next request, which then needs no handshake. Default 96. Each costs
+	// the next request, which then needs no handshake. Default 72. Each costs
 	// 40 KiB, two goroutines and a file descriptor.
 	IdleConnections int `toml:"idle_connections" range:"1..4096"`
 	// IdleTimeout is how long such a connection stays open. Default 55 s, since
 	// most servers close it after 60 s themselves.
 	IdleTimeout Duration `toml:"idle_timeout" range:"1s..10m"`
 	// Cache is how many bytes of answers are kept for equal requests. Default
-	// 2 MiB; 0 keeps none.
+	// 1 MiB; 0 keeps none.
 	Cache sched.Bytes `toml:"cache" range:"0..1GiB" reload:"yes"`
 	// CacheEntries is how many answers are kept. Default 2000; 0 keeps none.
 	CacheEntries int `toml:"cache_entries" range:"0..1000000" reload:"yes"`
 	// SpoolMemory is how many bytes of requests and answers on their way are
-	// held in memory. Default 4 MiB. What is beyond goes to disk.
+	// held in memory. Default 3 MiB. What is beyond goes to disk.
 	SpoolMemory sched.Bytes `toml:"spool_memory" range:"0..1GiB"`
 	// SpoolDisk is how many bytes of them are held in DataDir. Default 1 GiB:
 	// ten joins of the largest rooms.
@@ -157,6 +165,71 @@ type OutboundConfig struct {
 	// SpoolInline is the size above which one body goes to disk. Default
 	// 64 KiB. It counts towards SpoolMemory.
 	SpoolInline sched.Bytes `toml:"spool_inline" range:"4KiB..16MiB"`
+}
+
+// OutboxConfig says what the bus takes over from the homeserver and when it
+// sends it. It is of use only with Homeserver.SigningKeyPath.
+type OutboxConfig struct {
+	// AckPace is how many transactions a second are answered: "auto" (default),
+	// "off" for all at once, or a number. While a transaction is not answered
+	// the homeserver collects what follows for that server, which spares it most
+	// of its work. What is stored is on its way regardless.
+	AckPace bus.AckPace `toml:"ack_pace" reload:"yes"`
+	// AckPaceFloor and AckPaceCeiling are the slowest and the fastest pace of
+	// "auto". Defaults 10 and 25.
+	AckPaceFloor   int `toml:"ack_pace_floor" range:"1..10000" reload:"yes"`
+	AckPaceCeiling int `toml:"ack_pace_ceiling" range:"1..10000" reload:"yes"`
+	// AckHurry is by how much faster those are answered behind whose answer an
+	// event probably waits. Default 9.
+	AckHurry int `toml:"ack_hurry" range:"1..100" reload:"yes"`
+	// AckHold is how long an answer is held at most. Default 20 s; a Synapse
+	// waits for 60. With N servers waiting, N in this time is the least pace.
+	AckHold Duration `toml:"ack_hold" range:"1s..45s" reload:"yes"`
+	// AckHeld is how many answers are held at most; beyond it the oldest is
+	// given. Default 4000. Each takes one of Front.MaxConnections, and about
+	// 16 kB of the homeserver's memory.
+	AckHeld int `toml:"ack_held" range:"1..100000" reload:"yes"`
+	// AckSmallRoom is up to how many servers a room counts as small; servers of
+	// small rooms alone are answered at once. Default 9.
+	AckSmallRoom int `toml:"ack_small_room" range:"1..1000" reload:"yes"`
+	// AckTalk is for how long after an event of a small room its servers are
+	// answered at once. Default 5 min.
+	AckTalk Duration `toml:"ack_talk" range:"0s..24h" reload:"yes"`
+	// AckPrompt is how many a second are answered at once for these reasons.
+	// Default 60.
+	AckPrompt int `toml:"ack_prompt" range:"1..10000" reload:"yes"`
+	// AckRooms, AckDestinations and AckMemory bound what is remembered of which
+	// server is in which room. Defaults 2000, 4500 and 2.5 MiB.
+	AckRooms        int         `toml:"ack_rooms" range:"1..1000000" reload:"yes"`
+	AckDestinations int         `toml:"ack_destinations" range:"2..1000000" reload:"yes"`
+	AckMemory       sched.Bytes `toml:"ack_memory" range:"64KiB..1GiB" reload:"yes"`
+
+	// PresenceWindow, ReceiptWindow and TypingWindow are how long these wait for
+	// more, or for something that takes them along. Defaults 10 s, 1 s and
+	// 300 ms. All else goes at once.
+	PresenceWindow Duration `toml:"presence_window" range:"0s..5m" reload:"yes"`
+	ReceiptWindow  Duration `toml:"receipt_window" range:"0s..5m" reload:"yes"`
+	TypingWindow   Duration `toml:"typing_window" range:"0s..20s" reload:"yes"`
+	// MaxTransactionBytes is the size that a transaction should not exceed.
+	// Default 4 MiB, of which two may be in memory.
+	MaxTransactionBytes sched.Bytes `toml:"max_transaction_bytes" range:"64KiB..12800KiB"`
+	// CatchUpAfter is how old what is pending must be before a server that
+	// cannot be reached keeps only the newest events of each room, as a
+	// homeserver would. Default 1 h.
+	CatchUpAfter Duration `toml:"catch_up_after" range:"1m..168h" reload:"yes"`
+
+	// MaxDestinations is for how many servers something may be pending. Default
+	// 4500. Each costs 400 bytes of memory.
+	MaxDestinations int `toml:"max_destinations" range:"10..1000000"`
+	// MaxDestinationItems and MaxDestinationBytes bound what is pending for one
+	// server. Defaults 10000 and 16 MiB. Beyond them, and beyond those below, a
+	// transaction is answered with 503, and the homeserver keeps it.
+	MaxDestinationItems int         `toml:"max_destination_items" range:"100..1000000"`
+	MaxDestinationBytes sched.Bytes `toml:"max_destination_bytes" range:"1MiB..16GiB"`
+	// MaxItems bounds what is pending in all. Default 1 million.
+	MaxItems int `toml:"max_items" range:"1000..100000000"`
+	// MaxDisk bounds the database. Default 512 MiB.
+	MaxDisk sched.Bytes `toml:"max_disk" range:"16MiB..1024GiB"`
 }
 
 // FederationConfig says which servers may be reached, and how.
@@ -200,7 +273,7 @@ func DefaultConfig() Config {
 			Listen:         []string{"unix:/run/fsbus/fsbus.sock"},
 			SocketMode:     0o660,
 			MaxConnections: int(core.MaxRequests),
-			MaxReading:     64,
+			MaxReading:     32,
 		},
 		Outbound: OutboundConfig{
 			Workers:             int(core.Workers),
@@ -215,14 +288,15 @@ func DefaultConfig() Config {
 			BodyTimeout:         Duration(60 * time.Second),
 			HandshakesPerSecond: 100,
 			DNSQueries:          16,
-			IdleConnections:     96,
+			IdleConnections:     72,
 			IdleTimeout:         Duration(55 * time.Second),
 			Cache:               core.CacheBytes,
 			CacheEntries:        int(core.CacheEntries),
-			SpoolMemory:         4 * sched.MiB,
+			SpoolMemory:         3 * sched.MiB,
 			SpoolDisk:           sched.GiB,
 			SpoolInline:         64 * sched.KiB,
 		},
+		Outbox: defaultOutbox(),
 		Federation: FederationConfig{
 			IPRangeBlocklist: netx.DefaultBlocklist(),
 			IPRangeAllowlist: []string{},
@@ -295,8 +369,66 @@ func (e *ConfigError) Error() string {
 	return s
 }
 
+func defaultOutbox() OutboxConfig {
+	o := bus.DefaultOutbox()
+	p := &o.Pace
+	return OutboxConfig{
+		AckPace:             p.Ack,
+		AckPaceFloor:        int(p.Floor),
+		AckPaceCeiling:      int(p.Ceiling),
+		AckHurry:            int(p.Hurry),
+		AckHold:             Duration(p.Hold),
+		AckHeld:             int(p.MaxHeld),
+		AckSmallRoom:        int(p.SmallRoom),
+		AckTalk:             Duration(p.Talk),
+		AckPrompt:           int(p.Prompt),
+		AckRooms:            int(p.MaxRooms),
+		AckDestinations:     int(p.MaxDestinations),
+		AckMemory:           p.MaxBytes,
+		PresenceWindow:      Duration(o.PresenceWindow),
+		ReceiptWindow:       Duration(o.ReceiptWindow),
+		TypingWindow:        Duration(o.TypingWindow),
+		MaxTransactionBytes: o.MaxTransaction,
+		CatchUpAfter:        Duration(o.CatchUpAfter),
+		MaxDestinations:     int(o.MaxQueues),
+		MaxDestinationItems: store.DefaultMaxDestItems,
+		MaxDestinationBytes: store.DefaultMaxDestBytes,
+		MaxItems:            store.DefaultMaxItems,
+		MaxDisk:             store.DefaultMaxFileBytes,
+	}
+}
+
+// core returns the limits of the outbox in the core.
+func (o *OutboxConfig) core() bus.OutboxConfig {
+	return bus.OutboxConfig{
+		MaxQueues:      int32(o.MaxDestinations),
+		MaxTransaction: o.MaxTransactionBytes,
+		PresenceWindow: time.Duration(o.PresenceWindow),
+		ReceiptWindow:  time.Duration(o.ReceiptWindow),
+		TypingWindow:   time.Duration(o.TypingWindow),
+		CatchUpAfter:   time.Duration(o.CatchUpAfter),
+		Pace: bus.PaceConfig{
+			Ack: o.AckPace, Floor: int32(o.AckPaceFloor), Ceiling: int32(o.AckPaceCeiling), Hurry: int32(o.AckHurry),
+			Hold: time.Duration(o.AckHold), MaxHeld: int32(o.AckHeld),
+			SmallRoom: int32(o.AckSmallRoom), Talk: time.Duration(o.AckTalk), Prompt: int32(o.AckPrompt),
+			MaxRooms: int32(o.AckRooms), MaxDestinations: int32(o.AckDestinations), MaxBytes: o.AckMemory,
+		},
+	}
+}
+
+// hasOutbox reports whether transactions are taken over.
+func (c *Config) hasOutbox() bool { return c.Homeserver.keys != nil }
+
 // Core returns the limits of the core.
 func (c *Config) Core() bus.Config {
+	core := c.coreWithoutOutbox()
+	if c.hasOutbox() {
+		core.Outbox = c.Outbox.core()
+	}
+	return core
+}
+
+func (c *Config) coreWithoutOutbox() bus.Config {
 	o := &c.Outbound
 	return bus.Config{
 		Workers:         sched.Slots(o.Workers),

@@ -20,15 +20,27 @@ func (c *Config) applyReloadable(new *Config) {
 // merge returns c with what a running bus can take over from new, and the keys
 // of that and of the rest. Limits of the core are taken over all together or
 // not at all: not when they are too much for what only a restart changes, as
-// more unknown_hosts than there are workers so far.
+// more unknown_hosts than there are workers so far. Signing keys are taken over
+// when their file has others, but whether there are any needs a restart.
 func (c *Config) merge(new *Config) (merged Config, applied, needRestart []string) {
 	newSecret := c.Front.SecretPath != "" && !bytes.Equal(c.Front.secret, new.Front.secret) // in the same file
+	newKeys := !c.Homeserver.keys.equal(new.Homeserver.keys)
 	for _, withLimits := range []bool{true, false} {
 		merged, applied, needRestart = *c, nil, nil
 		theirs := new.fields()
 		for i, f := range merged.fields() {
-			reload := f.tag.Get("reload") != "" && (withLimits || f.section != "outbound")
+			reload := f.tag.Get("reload") != "" && (withLimits || f.section != "outbound" && f.section != "outbox")
 			switch {
+			case f.key() == "homeserver.signing_key_path":
+				switch {
+				case f.equal(theirs[i]) && !newKeys:
+				case c.hasOutbox() != new.hasOutbox():
+					needRestart = append(needRestart, f.key())
+				default:
+					applied = append(applied, f.key())
+					f.value.Set(theirs[i].value)
+					merged.Homeserver.keys = new.Homeserver.keys
+				}
 			case f.equal(theirs[i]) && !(newSecret && f.key() == "front.secret_path"):
 			case reload:
 				applied = append(applied, f.key())

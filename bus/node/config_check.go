@@ -84,6 +84,7 @@ func (k *checker) check() {
 	numbersFine := k.ranges()
 	k.dataDir()
 	k.serverName()
+	k.signingKeys()
 	k.front()
 	k.secret()
 	k.federation()
@@ -361,7 +362,11 @@ func (k *checker) core() {
 		// It begins with the name of the key.
 		name, rest, _ := strings.Cut(err.Error(), " ")
 		problem, want, _ := strings.Cut(rest, ", it must be ")
-		k.bad("outbound."+name, problem, want)
+		section := "outbound."
+		if k.c.Outbox.has(name) {
+			section = "outbox."
+		}
+		k.bad(section+name, problem, want)
 		switch name {
 		case "unknown_hosts":
 			core.Unknown = 1

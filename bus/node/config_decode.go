@@ -16,6 +16,7 @@ import (
 
 	"github.com/BurntSushi/toml"
 
+	"fsbus/bus"
 	"fsbus/sched"
 )
 
@@ -88,6 +89,8 @@ func (f field) form() string {
 		return "a number with its unit (ms, s, m, h) in quotes, " + f.limits() + eg
 	case FileMode:
 		return "an octal mode in quotes" + eg
+	case bus.AckPace:
+		return `"auto", "off" or a whole number from 1 to 10000` + eg
 	case int:
 		return "a whole number, " + f.limits() + eg
 	case float64:
@@ -184,6 +187,14 @@ func (f field) set(raw any) (problem string) {
 			}
 		}
 		*p = out
+	case *bus.AckPace:
+		s := fmt.Sprint(raw)
+		if n, ok := raw.(int64); ok && n < 1 {
+			return "is " + s // as a text it would mean something else
+		}
+		if p.UnmarshalText([]byte(s)) != nil {
+			return "is " + quote(s)
+		}
 	case encoding.TextUnmarshaler:
 		s, ok := raw.(string)
 		if !ok {

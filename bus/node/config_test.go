@@ -2,6 +2,7 @@ package node
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/BurntSushi/toml"
 
@@ -58,6 +60,8 @@ func configErrors(t testing.TB, err error) []*ConfigError {
 	return all
 }
 
+var update = flag.Bool("update", false, "write what is said about the files in testdata/config into them")
+
 // The files in testdata/config are wrong, each in one way or in some that go
 // together. What has to be said about a file stands at its end, in comments
 // that begin with "#!".
@@ -84,7 +88,12 @@ func TestConfigMistakesAreExplained(t *testing.T) {
 				t.Fatal("accepted")
 			}
 			got := strings.ReplaceAll(err.Error(), dir, "DIR")
-			if w := strings.Join(want, "\n"); got != w {
+			if w := strings.Join(want, "\n"); got != w && *update {
+				text, _, _ := strings.Cut(string(b), "#! ")
+				if err := os.WriteFile(file, []byte(text+"#! "+strings.ReplaceAll(got, "\n", "\n#! ")+"\n"), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			} else if got != w {
 				t.Errorf("got\n%s\nwant\n%s", got, w)
 			}
 			for _, secret := range []string{"hunter2", "correct-horse", "1234567890123456", "0123456789abcdef"} {
@@ -127,6 +136,7 @@ log_level = "debug"
 log_format = "json"
 drain_timeout = "1m30s"
 homeserver.server_name = "Example.ORG:8448"
+homeserver.signing_key_path = "signing.key"
 [front]
 listen = ["unix:s/fsbus.sock", "unix:/run/x.sock", "[::1]:8009", "localhost:0", "10.0.0.1:8009"]
 secret = "another secret"
@@ -135,7 +145,7 @@ socket_owner = "0"
 socket_group = "0"
 allow_remote = true
 max_connections = 1000
-max_reading = 32
+max_reading = 48
 [outbound]
 workers = 64
 unknown_hosts = 48
@@ -156,6 +166,29 @@ cache_entries = 0
 spool_memory = "1MiB"
 spool_disk = "2GiB"
 spool_inline = "16KiB"
+[outbox]
+ack_pace = 40
+ack_pace_floor = 5
+ack_pace_ceiling = 50
+ack_hurry = 4
+ack_hold = "30s"
+ack_held = 3000
+ack_small_room = 5
+ack_talk = "1m"
+ack_prompt = 30
+ack_rooms = 1000
+ack_destinations = 4000
+ack_memory = "2MiB"
+presence_window = "5s"
+receipt_window = "2s"
+typing_window = "1s"
+max_transaction_bytes = "1MiB"
+catch_up_after = "2h"
+max_destinations = 2000
+max_destination_items = 5000
+max_destination_bytes = "8MiB"
+max_items = 100000
+max_disk = "1GiB"
 [federation]
 ip_range_blocklist = []
 ip_range_allowlist = ["10.0.0.0/8"]
@@ -165,6 +198,7 @@ listen = "unix:status.sock"
 allow_remote = true
 `
 	dir := t.TempDir()
+	keyFile(t, dir, 7)
 	c, err := parseConfig("FILE", dir, text)
 	if err != nil {
 		t.Fatal(err)
@@ -184,7 +218,12 @@ allow_remote = true
 		{"resolve", fmt.Sprint(c.Federation.Resolve), "map[HS2.test:127.0.0.1 hs3.test:8448:[::1]:8449]"},
 		{"secret", string(c.Front.secret), "another secret"},
 		{"core", fmt.Sprint(c.Core()), fmt.Sprint(bus.Config{Workers: 64, Unknown: 48, Failing: 8, HostConcurrency: 2,
-			HostRate: 5, HostBurst: 20, MaxRequests: 1000, MaxHosts: 20000})},
+			HostRate: 5, HostBurst: 20, MaxRequests: 1000, MaxHosts: 20000, Outbox: bus.OutboxConfig{
+				MaxQueues: 2000, MaxTransaction: sched.MiB, PresenceWindow: 5 * time.Second, ReceiptWindow: 2 * time.Second, TypingWindow: time.Second, CatchUpAfter: 2 * time.Hour,
+				Pace: bus.PaceConfig{Ack: 40, Floor: 5, Ceiling: 50, Hurry: 4, Hold: 30 * time.Second, MaxHeld: 3000, SmallRoom: 5, Talk: time.Minute, Prompt: 30,
+					MaxRooms: 1000, MaxDestinations: 4000, MaxBytes: 2 * sched.MiB},
+			}})},
+		{"signing key", c.Homeserver.SigningKeyPath + " " + c.Homeserver.keys.String(), dir + "/signing.key ed25519:test"},
 		{"listen options", fmt.Sprint(c.frontListenOptions()), fmt.Sprint(netx.ListenOptions{Mode: 0o666, Owner: "0", Group: "0", AllowRemote: true})},
 		{"level", c.level().String(), "DEBUG"},
 	} {
@@ -611,8 +650,8 @@ func TestChanged(t *testing.T) {
 		{"all that can be", func(c *Config) {
 			c.LogLevel = "debug"
 			o := &c.Outbound
-			o.UnknownHosts, o.FailingHosts, o.HostConcurrency, o.HostRate, o.HostBurst = 100, 20, 5, 20, 30
-			o.Cache, o.CacheEntries = sched.MiB, 100
+			o.UnknownHosts, o.FailingHosts, o.HostConcurrency, o.HostRate, o.HostBurst = 70, 20, 5, 20, 30
+			o.Cache, o.CacheEntries = sched.MiB/2, 100
 		}, "log_level outbound.unknown_hosts outbound.failing_hosts outbound.host_concurrency outbound.host_rate outbound.host_burst outbound.cache outbound.cache_entries", ""},
 		{"both kinds", func(c *Config) {
 			c.LogLevel = "warn"
@@ -629,6 +668,12 @@ func TestChanged(t *testing.T) {
 		{"the secret inline", func(c *Config) {
 			c.Front.SecretPath, c.Front.Secret, c.Front.secret = "", "fedcba9876543210", []byte("fedcba9876543210")
 		}, "", "front.secret_path front.secret"},
+		{"the outbox", func(c *Config) {
+			c.Outbox.AckPace, c.Outbox.PresenceWindow, c.Outbox.MaxDestinations = bus.AckOff, 0, 100
+		}, "outbox.ack_pace outbox.presence_window", "outbox.max_destinations"},
+		{"a signing key where there was none", func(c *Config) {
+			c.Homeserver.SigningKeyPath, c.Homeserver.keys = "/etc/key", &Keys{}
+		}, "", "homeserver.signing_key_path"},
 		{"lists and tables", func(c *Config) {
 			c.Federation.IPRangeAllowlist, c.Federation.Resolve = []string{"10.0.0.1"}, map[string]string{"a.test": "10.0.0.1"}
 		}, "", "federation.ip_range_allowlist federation.resolve"},

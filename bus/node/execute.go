@@ -25,6 +25,10 @@ func (n *Node) execute(effects []bus.Effect) {
 		case bus.Send:
 			n.send(e)
 		case bus.Cancel:
+			if d := n.deliveries[e.Op]; d != nil {
+				d.cancel()
+				break
+			}
 			n.attempts[e.Op].cancel()
 		case bus.Reply:
 			n.reply(e)
@@ -37,10 +41,29 @@ func (n *Node) execute(effects []bus.Effect) {
 			h.freed = true
 			n.forget(e.Req, h)
 		case bus.Discard:
+			if n.deliveries[e.Op] != nil {
+				delete(n.deliveries, e.Op)
+				break
+			}
 			n.attempts[e.Op].body.Release()
 			delete(n.attempts, e.Op)
 		case bus.Commit:
 			n.commit(e)
+		case bus.Accept:
+			n.accept(e)
+		case bus.Acknowledge:
+			n.small.Submit(answer{in: n.ended(e.Req), taken: true})
+		case bus.Pack:
+			n.pack(e)
+		case bus.Unpack:
+			n.packs[e.Batch].body.Release()
+			delete(n.packs, e.Batch)
+		case bus.Settle:
+			n.settle(e)
+		case bus.Compact:
+			n.compact(e)
+		case bus.Expire:
+			n.expire(e)
 		case bus.Drained:
 			close(n.drained)
 		default:
@@ -67,6 +90,10 @@ func (n *Node) forget(id bus.ReqID, h *held) {
 }
 
 func (n *Node) send(e bus.Send) {
+	if e.Req == 0 {
+		n.sendPacked(e)
+		return
+	}
 	a := &attempt{op: e.Op, class: e.Class, in: n.requests[e.Req].in, body: n.spool.New()}
 	if a.in.Body != nil {
 		a.in.Body.Retain() // the caller may be answered while the attempt runs

@@ -52,5 +52,8 @@ func (n *Node) health() string {
 	if why := n.trouble.reason(); why != "" {
 		return why
 	}
+	if why := n.takeover.reason(); why != "" {
+		return "the outbox stands still, transactions are carried through: " + why
+	}
 	return "ok"
 }

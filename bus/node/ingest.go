@@ -12,11 +12,14 @@ import (
 // goroutine.
 func (n *Node) ingest(in *netx.Inbound) {
 	ep := matrix.Match(in.Method, in.Target)
+	n.endpoints.count(ep.Name)
 	class := ep.Class
 	if ep.Name == "send" {
+		if n.offer(in) {
+			return
+		}
 		class = sendClass(in)
 	}
-	n.endpoints.count(ep.Name)
 	n.loop.Post(event{in: in, Event: bus.Arrived{
 		Req:      bus.ReqID(in.ID),
 		Dest:     in.Destination,

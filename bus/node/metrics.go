@@ -118,6 +118,8 @@ func writeMetrics(w io.Writer, r *Report) error {
 		e.sample("fsbus_cache_hits_total", float64(c.Hits), "cache", c.Name)
 	}
 
+	e.outbox(r.Outbox)
+
 	e.one("fsbus_store_commits_total", "counter", "Transactions made durable.", float64(r.Store.Commits))
 	e.one("fsbus_store_rows_total", "counter", "Rows written or deleted.", float64(r.Store.Rows))
 	e.one("fsbus_store_failed_total", "counter", "Batches that could not be written.", float64(r.Store.Failed))

@@ -55,29 +55,41 @@ type Node struct {
 	front  *netx.Front
 	notify *netx.Notifier
 
-	senders *sched.Pool[*attempt]
+	senders *sched.Pool[job]
 	small   *sched.Pool[answer]
 	large   *sched.Pool[answer]
 
 	// Of the loop's goroutine.
-	requests map[bus.ReqID]*held
-	attempts map[bus.OpID]*attempt
+	requests   map[bus.ReqID]*held
+	attempts   map[bus.OpID]*attempt
+	packs      map[bus.BatchID]*packed
+	deliveries map[bus.OpID]*delivery
 
+	takeover  *takeover // nil: there is no outbox
 	replies   replyCounts
 	endpoints endpointCounts
 	notable   *notes
 	drained   chan struct{}
 	draining  atomic.Bool
 	trouble   trouble
+
+	pressureFile string // of the goroutine that attends
+}
+
+// job is what a sender does.
+type job interface {
+	run(*Node)
+	crashed(*Node, error)
 }
 
 // event is what enters the loop: an event of the core, with another one that
-// follows at once if then is set, and for an Arrived the request itself, which
-// the core never sees.
+// follows at once if then is set, and what the core never sees: for an Arrived
+// and an Offered the request itself, for a Packed the transaction.
 type event struct {
 	bus.Event
-	then bus.Event
-	in   *netx.Inbound
+	then   bus.Event
+	in     *netx.Inbound
+	packed *packed
 }
 
 // machine lets the loop run the core while the node keeps its own books of
@@ -88,6 +100,12 @@ func (m machine) Step(now sched.Time, ev event, out []bus.Effect) []bus.Effect {
 	switch e := ev.Event.(type) {
 	case bus.Arrived:
 		m.n.requests[e.Req] = &held{in: ev.in}
+	case bus.Offered:
+		m.n.requests[e.Req] = &held{in: ev.in}
+	case bus.Packed:
+		if ev.packed != nil {
+			m.n.packs[e.Batch] = ev.packed
+		}
 	case bus.Gone:
 		m.n.ended(e.Req)
 	}
@@ -105,11 +123,14 @@ func (m machine) NextWake() (sched.Time, bool) { return m.n.core.NextWake() }
 func New(ctx context.Context, cfg *Config, version string, log *slog.Logger, level *slog.LevelVar) (_ *Node, err error) {
 	n := &Node{
 		log: log, level: level, version: version, started: time.Now(),
-		clock:    sched.NewClock(),
-		requests: make(map[bus.ReqID]*held),
-		attempts: make(map[bus.OpID]*attempt),
-		drained:  make(chan struct{}),
-		notable:  newNotes(log),
+		clock:      sched.NewClock(),
+		requests:   make(map[bus.ReqID]*held),
+		attempts:   make(map[bus.OpID]*attempt),
+		packs:      make(map[bus.BatchID]*packed),
+		deliveries: make(map[bus.OpID]*delivery),
+		takeover:   newTakeover(cfg),
+		drained:    make(chan struct{}),
+		notable:    newNotes(log),
 	}
 	n.cfg.Store(cfg)
 	defer func() {
@@ -119,10 +140,14 @@ func New(ctx context.Context, cfg *Config, version string, log *slog.Logger, lev
 	}()
 	n.store, err = store.Open(ctx, store.Options{
 		Path: filepath.Join(cfg.DataDir, "fsbus.db"), Logger: log,
-		// Each failing host's attempt is one batch; the core has no more of
-		// them under way than workers, and one of changed records.
-		QueueLen: int(cfg.Outbound.Workers) + 16,
-		MaxHosts: 2 * int(cfg.Outbound.MaxHosts),
+		// A batch for each request and each queue, and for each worker, at
+		// worst. What waits is small: transactions lie in the spool.
+		QueueLen:   int(cfg.Front.MaxConnections) + int(cfg.Outbound.MaxHosts) + int(cfg.Outbound.Workers) + 16,
+		QueueBytes: int64(cfg.Outbound.SpoolMemory) + int64(cfg.Outbound.SpoolDisk),
+		MaxHosts:   2 * int(cfg.Outbound.MaxHosts),
+
+		MaxDestinations: cfg.Outbox.MaxDestinations, MaxDestItems: cfg.Outbox.MaxDestinationItems, MaxDestBytes: int64(cfg.Outbox.MaxDestinationBytes),
+		MaxItems: cfg.Outbox.MaxItems, MaxFileBytes: int64(cfg.Outbox.MaxDisk),
 	})
 	if err != nil {
 		return nil, err
@@ -200,8 +225,13 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 		return err
 	}
 
+	queues, err := n.loadQueues(ctx)
+	if err != nil {
+		return err
+	}
+
 	workers := int(cfg.Outbound.Workers)
-	n.senders = sched.NewPool(workers, workers, n.carry, n.crashed)
+	n.senders = sched.NewPool(workers, workers, func(j job) { j.run(n) }, func(j job, err error) { j.crashed(n, err) })
 	answers := int(cfg.Front.MaxConnections) + smallRepliers
 	n.small = sched.NewPool(smallRepliers, answers, n.write, n.unwritten)
 	n.large = sched.NewPool(largeRepliers, answers, n.write, n.unwritten)
@@ -210,7 +240,7 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 	defer stopLoop()
 	failed := make(chan error, len(listeners.front)+2)
 	serve(loopCtx, n.loop.Run)
-	n.loop.Post(event{Event: bus.Restored{Hosts: fromStore(hosts)}})
+	n.loop.Post(event{Event: bus.Restored{Hosts: fromStore(hosts), Queues: queues}})
 	for _, ln := range listeners.front {
 		serve(ctx, func(context.Context) {
 			if err := n.front.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
@@ -232,7 +262,7 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 	for _, ln := range listeners.front {
 		n.log.Info("listening for the homeserver", "address", ln.Addr().String())
 	}
-	n.log.Info("fsbus is up", "version", n.version, "server_name", cfg.Homeserver.ServerName, "status", status, "memory_limit", cfg.MemoryLimit.String(), "hosts_restored", len(hosts))
+	n.log.Info("fsbus is up", "version", n.version, "server_name", cfg.Homeserver.ServerName, "status", status, "memory_limit", cfg.MemoryLimit.String(), "hosts_restored", len(hosts), "signing_key", cfg.Homeserver.keys.String(), "queues_restored", len(queues))
 	if err := n.notify.Ready(); err != nil {
 		n.log.Warn("systemd was not told", "error", err)
 	}
@@ -251,12 +281,21 @@ func (n *Node) attend(ctx context.Context, failed <-chan error, hup <-chan os.Si
 		defer t.Stop()
 		alive = t.C
 	}
+	var pressure <-chan time.Time
+	if p := findPressure(); p != "" && n.takeover != nil {
+		t := time.NewTicker(pressureEvery)
+		defer t.Stop()
+		pressure = t.C
+		n.pressureFile = p
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case err := <-failed:
 			return err
+		case <-pressure:
+			n.tellPressure()
 		case <-hup:
 			n.notify.Reloading()
 			if cfg, err := load(); err != nil {
@@ -283,7 +322,7 @@ func (n *Node) stop(page *http.Server, patience time.Duration) {
 	defer cancel()
 	n.log.Info("stopping", "drain_timeout", patience.String())
 	n.front.Shutdown(ctx)
-	n.loop.Post(event{Event: bus.Draining{}})
+	n.loop.Post(event{Event: bus.Draining{By: n.clock.Now().Add(patience / 2)}})
 	select {
 	case <-n.drained:
 	case <-ctx.Done(): // Close below says so
@@ -294,6 +333,9 @@ func (n *Node) stop(page *http.Server, patience time.Duration) {
 	n.loop.Call(context.Background(), func() {
 		for _, a := range n.attempts {
 			a.cancel()
+		}
+		for _, d := range n.deliveries {
+			d.cancel()
 		}
 	})
 	closing, cancel := context.WithTimeout(context.Background(), 5*time.Second)
@@ -388,6 +430,10 @@ func (n *Node) reload(cfg *Config) {
 	next.applyReloadable(cfg)
 	n.cfg.Store(&next)
 	n.level.Set(next.level())
+	if !next.Homeserver.keys.equal(old.Homeserver.keys) || n.takeover.reason() != "" {
+		n.takeover.use(next.Homeserver.keys)
+		n.loop.Post(event{Event: bus.Suspended{}})
+	}
 	n.loop.Post(event{Event: bus.Reconfigured{Config: next.Core()}})
 	n.log.Info("configuration reloaded", "changed", applied, "need_restart", needRestart)
 }

@@ -81,8 +81,14 @@ func federation(t *testing.T, c sim.Config) *sim.World {
 	return w
 }
 
+// config is what differs between the configurations of tests.
+type config struct {
+	outbound, outbox string // lines of these sections
+	key              string // homeserver.signing_key_path
+}
+
 // setUp writes a configuration into dir and returns its path.
-func setUp(t *testing.T, dir string, w *sim.World, outbound string) string {
+func setUp(t *testing.T, dir string, w *sim.World, c config) string {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(dir, "ca.pem"), w.CAPEM(), 0o600); err != nil {
 		t.Fatal(err)
@@ -94,17 +100,20 @@ drain_timeout = "5s"
 log_level = "debug"
 [homeserver]
 server_name = %q
+signing_key_path = %q
 [front]
 listen = ["unix:front.sock"]
 secret = %q
 [outbound]
+%s
+[outbox]
 %s
 [federation]
 ca_file = "ca.pem"
 ip_range_allowlist = ["127.1.0.0/16"]
 [status]
 listen = "unix:status.sock"
-`, us.Name, secret, outbound)
+`, us.Name, c.key, secret, c.outbound, c.outbox)
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -143,8 +152,13 @@ func (l *logBuffer) String() string {
 
 func start(t *testing.T, w *sim.World, outbound string) *running {
 	t.Helper()
+	return startWith(t, w, config{outbound: outbound})
+}
+
+func startWith(t *testing.T, w *sim.World, c config) *running {
+	t.Helper()
 	dir := t.TempDir()
-	path := setUp(t, dir, w, outbound)
+	path := setUp(t, dir, w, c)
 	cfg, err := Load(path)
 	if err != nil {
 		t.Fatal(err)
@@ -503,7 +517,7 @@ func TestStopLetsRunningRequestsEnd(t *testing.T) {
 func TestBackOffSurvivesKill(t *testing.T) {
 	w := federation(t, sim.Config{Servers: 2, Shares: sim.Shares{sim.Dead: 0.5}})
 	dir := t.TempDir()
-	path := setUp(t, dir, w, "")
+	path := setUp(t, dir, w, config{})
 	dead := w.NamesOf(sim.Dead)[0]
 	r := &running{t: t, dir: dir, log: &logBuffer{}, notice: notifySocket(t, dir)}
 	run := func() *exec.Cmd {

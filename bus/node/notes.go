@@ -84,6 +84,15 @@ func (n *notes) failed(a *attempt, f matrix.Failure, detail string) {
 	n.write(level, "attempt failed", slog.String("destination", string(a.in.Destination)), slog.String("method", a.in.Method), slog.String("path", path), slog.String("failure", f.String()), slog.String("detail", detail))
 }
 
+// undelivered tells of a transaction that was not answered.
+func (n *notes) undelivered(d *delivery, done bus.Done) {
+	level := slog.LevelDebug
+	if done.Failure == matrix.FailLocal {
+		level = slog.LevelWarn
+	}
+	n.write(level, "delivery failed", slog.String("destination", string(d.dest)), slog.String("transaction", d.txn.id), slog.String("failure", done.Failure.String()), slog.String("detail", done.Detail))
+}
+
 // reply tells of an answer that the homeserver did not get whole.
 func (n *notes) reply(in *netx.Inbound, err error) {
 	path, _, _ := strings.Cut(in.Target, "?")

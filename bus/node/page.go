@@ -57,6 +57,8 @@ func writePage(w io.Writer, r *Report) error {
 	}
 	p.end()
 
+	p.outbox(r.Outbox)
+
 	if len(r.Hosts.Worst) > 0 {
 		p.table("Worst off", "destination", "waiting", "failures", "next try")
 		for _, h := range r.Hosts.Worst {

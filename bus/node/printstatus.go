@@ -81,6 +81,7 @@ func writeTable(w io.Writer, r *Report) error {
 			fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\n", h.Name, h.Waiting, h.Failures, h.nextTry(), h.LastError)
 		}
 	}
+	r.Outbox.table(t)
 	fmt.Fprintf(t, "\nREQUESTS\tSO FAR\n")
 	for _, c := range r.Requests.counts() {
 		fmt.Fprintf(t, "%s\t%d\n", c.Name, c.Count)

@@ -1,6 +1,8 @@
 package node
 
 import (
+	"context"
+
 	"fsbus/bus"
 	"fsbus/sched"
 	"fsbus/store"
@@ -30,4 +32,16 @@ func fromStore(hosts []store.Host) []bus.HostRecord {
 		}
 	}
 	return records
+}
+
+// loadQueues returns what the store holds for each destination.
+func (n *Node) loadQueues(ctx context.Context) (list []bus.QueueRecord, err error) {
+	if n.takeover == nil {
+		return nil, nil
+	}
+	err = n.store.LoadOutbox(ctx, func(d store.Destination) error {
+		list = append(list, bus.QueueRecord{Name: d.Name, Backlog: backlogOf(d)})
+		return nil
+	})
+	return list, err
 }

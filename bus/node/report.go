@@ -27,7 +27,8 @@ type Report struct {
 	Remotes       RemotesReport  `json:"remotes"`
 	Caches        []CacheReport  `json:"caches"`
 	Store         StoreReport    `json:"store"`
-	Endpoints     []CountReport  `json:"endpoints"` // requests so far, by endpoint
+	Outbox        *OutboxReport  `json:"outbox,omitempty"` // none without signing_key_path
+	Endpoints     []CountReport  `json:"endpoints"`        // requests so far, by endpoint
 	RateLimits    RateLimits     `json:"rate_limits"`
 }
 
@@ -154,7 +155,12 @@ const worstHosts = 20
 // before ctx ends, which is itself a finding.
 func (n *Node) Report(ctx context.Context) (*Report, error) {
 	var snap bus.Snapshot
-	if err := n.loop.Call(ctx, func() { snap = n.core.Snapshot(n.clock.Now(), worstHosts) }); err != nil {
+	var outbox bus.OutboxSnapshot
+	if err := n.loop.Call(ctx, func() {
+		now := n.clock.Now()
+		snap = n.core.Snapshot(now, worstHosts)
+		outbox, _ = n.core.Outbox(now)
+	}); err != nil {
 		return nil, err
 	}
 	cfg, st := n.cfg.Load(), &snap.Stats
@@ -162,9 +168,10 @@ func (n *Node) Report(ctx context.Context) (*Report, error) {
 	r := &Report{
 		Version: n.version, ServerName: string(cfg.Homeserver.ServerName), Health: n.health(),
 		Started: n.started, UptimeSeconds: int64(time.Since(n.started).Seconds()),
-		Budgets: n.budgets(cfg, &snap, front, spool, client),
+		Budgets: n.budgets(cfg, &snap, &outbox, front, spool, client, db),
 		Hosts:   hostsReport(&snap),
 		Store:   storeReport(db),
+		Outbox:  n.outboxReport(&outbox, db.Outbox.Aside),
 		Caches: []CacheReport{
 			{"answers", int64(snap.CacheEntries), st.CacheHits + st.CacheStale, st.Attempts},
 			{"well-known", int64(client.WellKnownEntries), client.WellKnownHits, client.WellKnownFetches},
@@ -196,10 +203,10 @@ func (n *Node) Report(ctx context.Context) (*Report, error) {
 	return r, nil
 }
 
-func (n *Node) budgets(cfg *Config, snap *bus.Snapshot, front netx.FrontStats, spool netx.SpoolStats, client netx.ClientStats) []BudgetUse {
+func (n *Node) budgets(cfg *Config, snap *bus.Snapshot, outbox *bus.OutboxSnapshot, front netx.FrontStats, spool netx.SpoolStats, client netx.ClientStats, db store.Stats) []BudgetUse {
 	b := cfg.Budget()
 	rss, rssMax := residentBytes()
-	return []BudgetUse{
+	use := []BudgetUse{
 		{"memory (resident)", "bytes", rss, rssMax, int64(cfg.MemoryLimit)},
 		{"goroutines", "count", int64(runtime.NumGoroutine()), -1, int64(b.Goroutines)},
 		{"connections from the homeserver", "count", int64(front.Open), int64(front.MaxOpen), int64(cfg.Front.MaxConnections)},
@@ -211,6 +218,16 @@ func (n *Node) budgets(cfg *Config, snap *bus.Snapshot, front netx.FrontStats, s
 		{"cached answers", "bytes", snap.CacheBytes, -1, snap.CacheLimit},
 		{"file descriptors", "count", openFiles(), -1, int64(b.FileDescriptors)},
 	}
+	if o := &cfg.Outbox; n.takeover != nil {
+		use = append(use,
+			BudgetUse{"destinations with something pending", "count", int64(outbox.Queues), -1, int64(o.MaxDestinations)},
+			BudgetUse{"pending items", "count", db.Outbox.Items, -1, int64(o.MaxItems)},
+			BudgetUse{"database", "bytes", db.FileBytes, -1, int64(o.MaxDisk)},
+			BudgetUse{"answers held", "count", int64(outbox.Pace.Held), -1, int64(outbox.Pace.MaxHeld)},
+			BudgetUse{"rooms and servers known", "bytes", int64(outbox.Pace.Bytes), -1, int64(outbox.Pace.MaxBytes)},
+		)
+	}
+	return use
 }
 
 func hostsReport(s *bus.Snapshot) HostsReport {

@@ -1,0 +1,263 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/scripts/fedload"
+	"fsbus/scripts/fedsim/sim"
+)
+
+// keyFile writes a file of signing keys, of 32 bytes of seed each.
+func keyFile(t *testing.T, dir string, seeds ...byte) string {
+	t.Helper()
+	var text string
+	for _, s := range seeds {
+		text += "ed25519 test " + base64.RawStdEncoding.EncodeToString(bytes.Repeat([]byte{s}, 32)) + "\n"
+	}
+	path := filepath.Join(dir, "signing.key")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// withOutbox is the configuration of a bus with an outbox.
+func withOutbox(t *testing.T, outbox string) config {
+	return config{outbox: outbox, key: keyFile(t, t.TempDir(), 7)}
+}
+
+const quick = "presence_window = \"0s\"\nreceipt_window = \"0s\"\ntyping_window = \"0s\"\n"
+
+// until waits for something that comes by itself, within a bound that only a
+// hang reaches.
+func (r *running) until(what string, ok func() bool) {
+	r.t.Helper()
+	deadline := time.Now().Add(60 * time.Second)
+	for !ok() {
+		if time.Now().After(deadline) {
+			r.t.Fatalf("waited in vain for %s\n%s", what, r.log)
+		}
+		r.get("/status") // takes some milliseconds
+	}
+}
+
+// taken sends a transaction and wants it to be taken over.
+func (r *running) taken(dest matrix.ServerName, txn string, pdus, edus []json.RawMessage) {
+	r.t.Helper()
+	got := r.Do(r.t.Context(), fedload.Send(us.Name, dest, txn, time.Now(), pdus, edus))
+	if got.Err != nil || got.Status != 200 || string(got.Body) != `{"pdus":{}}` {
+		r.t.Fatalf("transaction %s to %s: %d %s, %v", txn, dest, got.Status, got.Body, got.Err)
+	}
+}
+
+func message(n int) json.RawMessage {
+	return us.Message("alice", "!r:us.test", fmt.Sprint("message ", n), int64(n+1), time.Now())
+}
+
+func TestTransactionsAreTakenOverAndDelivered(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 3})
+	r := startWith(t, w, withOutbox(t, quick))
+	event := message(1)
+	for i, dest := range w.Names() {
+		r.taken(dest, fmt.Sprint("t", i), []json.RawMessage{event}, []json.RawMessage{
+			us.Typing("alice", "!r:us.test", true), us.Presence("alice", "online", "x"), us.Receipt("alice", "!r:us.test", "$a", time.Now()), us.ToDevice("alice", "@bob:x", "m1"),
+		})
+		r.taken(dest, fmt.Sprint("t", i), []json.RawMessage{event}, nil) // again, as after an answer that was lost
+	}
+	r.until("all to be delivered", func() bool { return r.report().Outbox.Destinations == 0 })
+	st := w.Stats()
+	if st.Transactions.PDUs != 3 || st.Transactions.Duplicates != 0 || st.Transactions.Refused != 0 || st.Transactions.EDUs != 12 {
+		t.Errorf("the servers got %+v", st.Transactions)
+	}
+	if e := st.Endpoints["send"]; e.Outcomes["401"] != 0 {
+		t.Errorf("signatures were refused: %+v", e)
+	}
+	if o := r.report().Outbox; o.Accepted != 3 || o.Repeated != 3 || o.Sent != 3 || o.Retried != 0 {
+		t.Errorf("outbox: %+v", o)
+	}
+}
+
+// What waits for a server that is away goes on merging, and is bounded; when the
+// server is back it gets the latest of each.
+func TestADeadServersQueueMergesAndIsDelivered(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1, Shares: sim.Shares{sim.Dead: 1}})
+	r := startWith(t, w, withOutbox(t, quick))
+	dest := w.Names()[0]
+	for i := range 20 {
+		r.taken(dest, fmt.Sprint("t", i), []json.RawMessage{message(i)}, []json.RawMessage{us.Presence("alice", "online", fmt.Sprint(i)), us.Receipt("alice", "!r:us.test", fmt.Sprint("$", i), time.Now())})
+	}
+	pending := func() map[string]int64 {
+		m := map[string]int64{}
+		for _, c := range r.report().Outbox.Pending {
+			m[c.Name] = c.Count
+		}
+		return m
+	}
+	r.until("the server to be found dead", func() bool { return r.report().Hosts.BackingOff == 1 })
+	r.until("the batch to be thawed", func() bool { p := pending(); return p["presence"] == 1 && p["receipt"] == 1 })
+	if p := pending(); p["pdu"] != 20 {
+		t.Errorf("pending: %v", p)
+	}
+	if err := w.SetKind(0, sim.Well); err != nil {
+		t.Fatal(err)
+	}
+	r.node.loop.Post(event{Event: bus.Flush{Dest: dest}})
+	r.until("all to be delivered", func() bool { return r.report().Outbox.Destinations == 0 })
+	if st := w.Stats().Transactions; st.PDUs != 20 || st.EDUs != 2 || st.MaxInFlightPerServer != 1 {
+		t.Errorf("the server got %+v", st)
+	}
+}
+
+// A wrong key must not sign anything for long: nobody would take it.
+func TestAWrongKeyStopsTheOutbox(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1})
+	dir := t.TempDir()
+	r := startWith(t, w, config{key: keyFile(t, dir, 8)}) // its id is the same
+	dest := w.Names()[0]
+	send := func(txn string) fedload.Result {
+		t.Helper()
+		got := r.Do(t.Context(), fedload.Send(us.Name, dest, txn, time.Now(), []json.RawMessage{message(1)}, nil))
+		if got.Status != 200 {
+			t.Fatalf("%d %s, %v", got.Status, got.Body, got.Err)
+		}
+		return got
+	}
+	if got := send("t1"); string(got.Body) == `{"pdus":{}}` {
+		t.Error("the transaction was taken over")
+	}
+	const want = "does not fit the key ed25519:test"
+	if code, body := r.get("/health"); code != 503 || !strings.Contains(body, want) {
+		t.Errorf("/health: %d %s", code, body)
+	}
+	if o := r.report().Outbox; !strings.Contains(o.StandsStill, want) || o.Accepted != 0 {
+		t.Errorf("status: %+v", o)
+	}
+	if !strings.Contains(r.log.String(), want) {
+		t.Error("the log does not tell")
+	}
+	if strings.Contains(r.log.String(), base64.RawStdEncoding.EncodeToString(bytes.Repeat([]byte{8}, 32))) {
+		t.Error("the key is in the log")
+	}
+	// The right one, and the wrong one as an old one.
+	keyFile(t, dir, 7)
+	r.hup <- syscall.SIGHUP
+	r.await("READY=1")
+	if code, body := r.get("/health"); code != 200 {
+		t.Errorf("after the reload, /health: %d %s", code, body)
+	}
+	if got := send("t2"); string(got.Body) != `{"pdus":{}}` {
+		t.Errorf("after the reload the transaction is not taken over: %s", got.Body)
+	}
+}
+
+func TestWhatTheOutboxCannotTakeApartIsCarriedThrough(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1})
+	r := startWith(t, w, withOutbox(t, ""))
+	dest := w.Names()[0]
+	tooMany := make([]json.RawMessage, matrix.MaxPDUs+1)
+	for i := range tooMany {
+		tooMany[i] = message(i)
+	}
+	for name, req := range map[string]*fedload.Request{
+		"another's":  fedload.Send("other.test", dest, "t1", time.Now(), nil, nil),
+		"too many":   fedload.Send(us.Name, dest, "t2", time.Now(), tooMany, nil),
+		"an id of 2": {Destination: dest, Method: "PUT", Target: sendPrefix + "a/b", Body: []byte(`{"origin":"us.test","pdus":[]}`)},
+		"no origin":  {Destination: dest, Method: "PUT", Target: sendPrefix + "t3", Body: []byte(`{"pdus":[]}`)},
+	} {
+		before := w.Stats().Endpoints["send"].Count + w.Stats().Endpoints["unknown"].Count
+		got := r.Do(t.Context(), req)
+		after := w.Stats().Endpoints["send"].Count + w.Stats().Endpoints["unknown"].Count
+		if got.Err != nil || after != before+1 {
+			t.Errorf("%s: %d %s, %v; the server has seen %d requests", name, got.Status, got.Body, got.Err, after-before)
+		}
+	}
+	if o := r.report().Outbox; o.Accepted != 0 || o.StandsStill != "" {
+		t.Errorf("outbox: %+v", o)
+	}
+}
+
+// A large transaction passes through the spool's files on both ways.
+func TestALargeTransactionIsTakenOver(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1})
+	r := startWith(t, w, withOutbox(t, ""))
+	var pdus []json.RawMessage
+	for i := range matrix.MaxPDUs {
+		pdus = append(pdus, us.Message("alice", "!r:us.test", strings.Repeat(fmt.Sprint(i%10), 40_000), int64(i), time.Now()))
+	}
+	r.taken(w.Names()[0], "t1", pdus, nil)
+	r.until("it to be delivered", func() bool { return r.report().Outbox.Destinations == 0 })
+	if st := w.Stats().Transactions; st.PDUs != matrix.MaxPDUs || st.Duplicates != 0 {
+		t.Errorf("the server got %+v", st)
+	}
+}
+
+// Whatever the homeserver was told is taken over survives kill -9.
+func TestTransactionsSurviveKill(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 2, Shares: sim.Shares{sim.Dead: 0.5}})
+	dead := w.NamesOf(sim.Dead)[0]
+	dir := t.TempDir()
+	path := setUp(t, dir, w, withOutbox(t, quick))
+	r := &running{t: t, dir: dir, log: &logBuffer{}, notice: notifySocket(t, dir)}
+	r.Client = fedload.NewHook("unix:"+filepath.Join(dir, "front.sock"), secret, us)
+	defer r.Client.Close()
+	r.status = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
+	}}}
+	var child *exec.Cmd
+	run := func() {
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		child = exec.Command(exe)
+		child.Env = append(os.Environ(), childConfig+"="+path)
+		child.Stderr = r.log
+		if err := child.Start(); err != nil {
+			t.Fatal(err)
+		}
+		r.await("READY=1")
+	}
+	run()
+	defer func() { child.Process.Kill(); child.Wait() }()
+	const each = 10
+	for round := range 3 {
+		for i := range each {
+			n := round*each + i
+			r.taken(dead, fmt.Sprint("t", n), []json.RawMessage{message(n)}, []json.RawMessage{us.ToDevice("alice", "@bob:x", fmt.Sprint("m", n))})
+		}
+		child.Process.Kill()
+		child.Wait()
+		run()
+	}
+	if err := w.SetKind(indexOf(w, dead), sim.Well); err != nil {
+		t.Fatal(err)
+	}
+	r.until("all to be delivered", func() bool { return r.report().Outbox.Destinations == 0 })
+	if st := w.Stats().Transactions; st.PDUs != 3*each || st.EDUs != 3*each || st.Duplicates != 0 {
+		t.Errorf("the server got %+v", st)
+	}
+}
+
+func indexOf(w *sim.World, name matrix.ServerName) int {
+	for i, n := range w.Names() {
+		if n == name {
+			return i
+		}
+	}
+	return -1
+}
