@@ -196,6 +196,9 @@ func (m *Machine) failed(h *host, f matrix.Failure, detail string, tried sched.T
 	h.LastTry = tried
 	h.NextTry = m.now.Add(m.delay(h.Failures, f))
 	m.store(h)
+	if p := m.outbox.pacer; p != nil {
+		p.Reach(m.now, h.Name, true)
+	}
 }
 
 // delay returns how long a host is left alone after so many failures in a row,

@@ -152,6 +152,9 @@ func (m *Machine) accepted(ev Accepted) {
 		return
 	}
 	of.stored = true
+	if h := m.hosts[of.dest]; h != nil {
+		of.txn.Away = h.Failures > 0 && !h.reachable
+	}
 	o.pacer.Held(m.now, ev.Req, of.dest, of.txn)
 	of.txn = PaceTxn{}
 }
@@ -345,6 +348,9 @@ func (m *Machine) leave(q *queue) {
 
 // wake has a queue tried whose destination has just shown that it can be reached.
 func (m *Machine) wake(h *host) {
+	if p := m.outbox.pacer; p != nil {
+		p.Reach(m.now, h.Name, false)
+	}
 	q := m.outbox.queues[h.Name]
 	if q == nil || q.call != nil || q.busy {
 		return

@@ -14,16 +14,19 @@ import (
 // number of transactions that it builds, and with it most of its load.
 //
 // The price is that an event for a destination whose answer is held waits in
-// Synapse, where nobody sees it. So held answers stand in one of three lanes:
+// Synapse, where nobody sees it. So held answers stand in one of four lanes:
 //
 //   - prompt: destinations in a conversation, and those of small rooms; not held
 //     unless they are so many that answering them at once is itself a storm,
 //   - hurried: an event of one of the destination's rooms has passed to another
 //     destination, so it probably waits behind this answer, too,
+//   - away: destinations that cannot be reached now. What waits for them in
+//     Synapse could not be delivered, and is in nobody's way,
 //   - steady: all others.
 //
 // Each lane gives its oldest answer first and has a pace of its own, fast
-// enough for all that wait in it to be answered within the hold.
+// enough for all that wait in it to be answered within the hold, or for those
+// that are away within twice the hold.
 //
 // A Pacer is pure: it is told the time and starts nothing. It is not safe for
 // concurrent use.
@@ -59,10 +62,11 @@ const (
 	lanePrompt paceLaneID = iota
 	laneHurried
 	laneSteady
+	laneAway
 	numPaceLanes
 )
 
-var paceLaneNames = [numPaceLanes]string{lanePrompt: "prompt", laneHurried: "hurried", laneSteady: "steady"}
+var paceLaneNames = [numPaceLanes]string{lanePrompt: "prompt", laneHurried: "hurried", laneSteady: "steady", laneAway: "away"}
 
 func (l paceLaneID) String() string { return paceLaneNames[l] }
 
@@ -102,6 +106,8 @@ type PaceTxn struct {
 	// Device: it carries to-device messages, device lists or signing keys;
 	// an encrypted event tends to follow them.
 	Device bool
+	// Away: the destination could not be reached last time.
+	Away bool
 }
 
 // PaceCounts counts answers by why they were given when they were.
@@ -110,6 +116,7 @@ type PaceCounts struct {
 	Prompt  int64 // small rooms and conversations
 	Hurried int64 // an event probably waited
 	Steady  int64 // at the pace
+	Away    int64 // the destination could not be reached, so it was in nobody's way
 	Late    int64 // held for as long as may be
 	Full    int64 // too many were held
 	Passed  int64 // the destination's next transaction arrived nonetheless
@@ -139,7 +146,7 @@ const (
 
 // catchUp is how much of its pace a lane may make up for: a little where
 // Release comes late, more where the answers should not wait at all.
-var catchUp = [numPaceLanes]time.Duration{lanePrompt: time.Second, laneHurried: 20 * time.Millisecond, laneSteady: 20 * time.Millisecond}
+var catchUp = [numPaceLanes]time.Duration{lanePrompt: time.Second, laneHurried: 20 * time.Millisecond, laneSteady: 20 * time.Millisecond, laneAway: 20 * time.Millisecond}
 
 // NewPacer returns a Pacer with the given limits, which must be valid.
 func NewPacer(cfg PaceConfig) *Pacer {
@@ -181,6 +188,7 @@ func (p *Pacer) Held(now sched.Time, req ReqID, dest matrix.ServerName, t PaceTx
 		p.returns[p.next] = returned{at: now, after: now.Sub(d.answered)}
 		p.next = (p.next + 1) % len(p.returns)
 	}
+	d.away = t.Away
 	p.learn(now, d, t)
 	h := &heldAnswer{req: req, dest: d, since: now}
 	p.held[req], d.held = h, h
@@ -231,6 +239,8 @@ func (p *Pacer) bring(room *paceRoom) {
 
 func (p *Pacer) laneFor(now sched.Time, d *paceDest, t PaceTxn) paceLaneID {
 	switch {
+	case d.away:
+		return laneAway
 	case d.talkUntil > now:
 		return lanePrompt
 	case d.onlySmall(now) && p.lanes[lanePrompt].heap.Len() <= int(p.cfg.Prompt)/10:
@@ -325,6 +335,26 @@ func (p *Pacer) Heard(now sched.Time, dest matrix.ServerName, roomID string) {
 	}
 }
 
+// Reach says that a destination can be reached again, or cannot be reached any
+// more.
+func (p *Pacer) Reach(now sched.Time, dest matrix.ServerName, away bool) {
+	d := p.rooms.dests[dest]
+	if d == nil || d.away == away {
+		return
+	}
+	d.away = away
+	if h := d.held; h != nil {
+		p.leave(h)
+		if away {
+			p.enter(h, laneAway)
+		} else {
+			// What waits behind it may have waited for long.
+			p.enter(h, laneHurried)
+			p.counts.Forward++
+		}
+	}
+}
+
 // Pressure says for what part of the last ten seconds some task waited for a
 // processor, in 1/100 %: "some avg10" of /proc/pressure/cpu or of a cgroup's
 // cpu.pressure. After half a minute it counts for nothing.
@@ -341,9 +371,9 @@ func (p *Pacer) Drain(by sched.Time) { p.drainBy = max(by, 1) }
 func (p *Pacer) Release(now sched.Time, out []ReqID) []ReqID {
 	p.countArrivals(now)
 	p.adjust(now)
-	hold := p.hold(now)
 	for id := range p.lanes {
 		l := &p.lanes[id]
+		hold := p.hold(paceLaneID(id), now)
 		for {
 			since, ok := l.heap.Next()
 			if !ok {
@@ -378,6 +408,8 @@ func (p *Pacer) reason(late bool, lane paceLaneID) *int64 {
 		return &p.counts.Drained
 	case late && p.cfg.Ack == AckOff:
 		return &p.counts.Unheld
+	case lane == laneAway:
+		return &p.counts.Away
 	case late:
 		return &p.counts.Late
 	case lane == lanePrompt:
@@ -393,12 +425,11 @@ func (p *Pacer) NextWake(now sched.Time) (sched.Time, bool) {
 	if len(p.free) > 0 || len(p.held) > int(p.cfg.MaxHeld) {
 		return now, true
 	}
-	hold := p.hold(now)
 	var wake sched.Time
 	for id := range p.lanes {
 		l := &p.lanes[id]
 		if since, ok := l.heap.Next(); ok {
-			at := max(min(since.Add(hold), p.turn(paceLaneID(id), now)), now)
+			at := max(min(since.Add(p.hold(paceLaneID(id), now)), p.turn(paceLaneID(id), now)), now)
 			if wake == 0 || at < wake {
 				wake = at
 			}
@@ -407,10 +438,13 @@ func (p *Pacer) NextWake(now sched.Time) (sched.Time, bool) {
 	return wake, wake != 0
 }
 
-// hold is how long an answer may be held at this moment.
-func (p *Pacer) hold(now sched.Time) time.Duration {
-	if p.cfg.Ack == AckOff || p.drainBy != 0 && now >= p.drainBy {
+// hold is how long an answer in a lane may be held at this moment.
+func (p *Pacer) hold(lane paceLaneID, now sched.Time) time.Duration {
+	switch {
+	case p.cfg.Ack == AckOff || p.drainBy != 0 && now >= p.drainBy:
 		return 0
+	case lane == laneAway:
+		return min(2*p.cfg.Hold, maxHold)
 	}
 	return p.cfg.Hold
 }
@@ -452,10 +486,10 @@ func (p *Pacer) turn(id paceLaneID, now sched.Time) sched.Time {
 func (p *Pacer) pace(id paceLaneID, now sched.Time) (rate int64, from sched.Time) {
 	l := &p.lanes[id]
 	rate = p.rate(id)
-	rush, from := l.rush(now, p.hold(now), max(rate, p.rate(laneHurried)/2))
+	rush, from := l.rush(now, p.hold(id, now), max(rate, p.rate(laneHurried)/2))
 	switch {
-	case id == laneSteady && p.lanes[laneHurried].heap.Len() > 0:
-		rate = rush // while others are in a hurry, only what must be
+	case id == laneAway, id == laneSteady && p.lanes[laneHurried].heap.Len() > 0:
+		rate = rush // only what must be; for the others while there are some in a hurry
 	default:
 		rate = max(rate, rush)
 	}
@@ -516,25 +550,28 @@ func (l *paceLane) rush(now sched.Time, hold time.Duration, least int64) (rate i
 	return rate, from
 }
 
-// adjust moves the pace of AckAuto: down by half when the host or the
-// homeserver is slow, up a little while neither is. A busy host alone does not
-// slow the hurried lane, since that saves no work and events would wait.
+// adjust moves the pace of AckAuto: down when the host or the homeserver is slow,
+// up a little while neither is. A busy host alone does not slow the hurried lane,
+// since that saves no work and events would wait; and that lane falls less and
+// rises sooner, since an event that is queued for a thousand destinations keeps
+// the homeserver busy for a moment anyway.
 func (p *Pacer) adjust(now sched.Time) {
 	if now.Sub(p.adjusted) < adjustEvery {
 		return
 	}
 	p.adjusted = now
 	host, homeserver := p.strain(now)
-	p.level = moved(p.level, max(host, homeserver))
-	p.haste = moved(p.haste, homeserver)
+	p.level = moved(p.level, max(host, homeserver), 2, climb)
+	p.haste = moved(p.haste, homeserver, 4, 2*climb)
 }
 
-func moved(level int64, s strain) int64 {
+// moved is a level after one step: less by one part in so many, or more by rise.
+func moved(level int64, s strain, part, rise int64) int64 {
 	switch s {
 	case strainHigh:
-		return level / 2
+		return level * (part - 1) / part
 	case strainNone:
-		return min(level+climb, 1000)
+		return min(level+rise, 1000)
 	}
 	return level
 }
@@ -612,8 +649,8 @@ func (p *Pacer) Check(now sched.Time) error {
 		if aged != l.heap.Len() {
 			return fmt.Errorf("lane %v: %d answers by age, %d in order", paceLaneID(id), aged, l.heap.Len())
 		}
-		if since, ok := l.heap.Next(); ok && now.Sub(since) >= p.hold(now) {
-			return fmt.Errorf("an answer in lane %v is held for %v, %v at most", paceLaneID(id), now.Sub(since), p.hold(now))
+		if since, ok := l.heap.Next(); ok && now.Sub(since) >= p.hold(paceLaneID(id), now) {
+			return fmt.Errorf("an answer in lane %v is held for %v, %v at most", paceLaneID(id), now.Sub(since), p.hold(paceLaneID(id), now))
 		}
 	}
 	if n != len(p.held) || n > int(p.cfg.MaxHeld) {

@@ -49,6 +49,7 @@ type paceDest struct {
 	held      *heldAnswer
 	answered  sched.Time // last time; 0: never
 	talkUntil sched.Time
+	away      bool // cannot be reached
 }
 
 // roomLink says that dest is in room. It knows its place in both, so that it

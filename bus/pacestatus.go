@@ -44,7 +44,7 @@ func (p *Pacer) Status(now sched.Time) PaceStatus {
 		Ack:       p.cfg.Ack,
 		Held:      len(p.held),
 		MaxHeld:   int(p.cfg.MaxHeld),
-		Hold:      p.hold(now),
+		Hold:      p.hold(laneSteady, now),
 		Pressure:  p.pressure,
 		Arrivals:  p.arrivals,
 		Rooms:     len(p.rooms.byID),
@@ -133,6 +133,8 @@ func (p *Pacer) Explain(now sched.Time, name matrix.ServerName) (e PaceDest, ok 
 	switch {
 	case p.cfg.Ack == AckOff:
 		e.Why = `ack_pace is "off", nothing is held`
+	case lane == laneAway:
+		e.Why = "it cannot be reached, so the answer is in nobody's way"
 	case lane == lanePrompt && d.talkUntil > now:
 		e.Why = "an event of a small room passed lately, so it is answered at once"
 	case lane == lanePrompt:

@@ -95,7 +95,7 @@ func answersReport(p *bus.PaceStatus) AnswersReport {
 		Pressure: float64(p.Pressure) / 100, Delay: seconds(p.Delay), Arrivals: p.Arrivals,
 		Rooms: p.Rooms, Servers: p.Dests, Memory: int64(p.Bytes),
 		Given: []CountReport{
-			{"unheld", c.Unheld}, {"prompt", c.Prompt}, {"hurried", c.Hurried}, {"steady", c.Steady}, {"late", c.Late},
+			{"unheld", c.Unheld}, {"prompt", c.Prompt}, {"hurried", c.Hurried}, {"steady", c.Steady}, {"away", c.Away}, {"late", c.Late},
 			{"full", c.Full}, {"passed", c.Passed}, {"stopping", c.Drained}, {"gone", c.Gone},
 		},
 	}
