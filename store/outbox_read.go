@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"database/sql/driver"
+	"errors"
 	"fmt"
 
 	"fsbus/bus/matrix"
@@ -30,10 +31,20 @@ type Ages [7]int64
 // AgeBounds are the upper bounds of Ages but for the last, in minutes.
 var AgeBounds = [len(Ages{}) - 1]int64{1, 5, 15, 60, 240, 1440}
 
+// agesStep is how many items one query of LoadAges reads, and those of one
+// destination more. While a query runs, the log cannot start over: what is written
+// meanwhile makes it grow.
+const agesStep = 20_000
+
 // LoadAges calls f for each destination that has something pending, with the ages
-// of its items at the time now, until f returns an error. It reads all items.
+// of its items at the time now, until f returns an error. It reads all items, in
+// steps, so that what it gives is not of one moment.
 func (s *Store) LoadAges(ctx context.Context, now int64, f func(matrix.ServerName, Ages) error) error {
-	query := "SELECT d.name"
+	return s.loadAges(ctx, now, agesStep, f)
+}
+
+func (s *Store) loadAges(ctx context.Context, now, step int64, f func(matrix.ServerName, Ages) error) error {
+	query := "SELECT i.dest, d.name"
 	for i := range (Ages{}) {
 		query += ", sum(?1 - i.accepted"
 		switch {
@@ -46,16 +57,29 @@ func (s *Store) LoadAges(ctx context.Context, now int64, f func(matrix.ServerNam
 		}
 	}
 	// Both tables are in the order of destinations: no sort.
-	query += " FROM item i CROSS JOIN dest d ON d.id = i.dest GROUP BY i.dest"
+	query += " FROM item i CROSS JOIN dest d ON d.id = i.dest WHERE i.dest > ?2 GROUP BY i.dest"
 	return s.read(ctx, "load ages", func(c *conn) error {
-		return c.query(ctx, query, []driver.Value{now}, func(vals []driver.Value) error {
-			var name string
-			var a Ages
-			if err := scan(vals, &name, &a[0], &a[1], &a[2], &a[3], &a[4], &a[5], &a[6]); err != nil {
+		after := int64(0)
+		for {
+			items := int64(0)
+			err := c.query(ctx, query, []driver.Value{now, after}, func(vals []driver.Value) error {
+				if items >= step {
+					return errStop
+				}
+				var name string
+				var a Ages
+				if err := scan(vals, &after, &name, &a[0], &a[1], &a[2], &a[3], &a[4], &a[5], &a[6]); err != nil {
+					return err
+				}
+				for _, n := range a {
+					items += n
+				}
+				return f(matrix.ServerName(name), a)
+			})
+			if !errors.Is(err, errStop) {
 				return err
 			}
-			return f(matrix.ServerName(name), a)
-		})
+		}
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -664,11 +665,23 @@ func TestAgesCount(t *testing.T) {
 	}
 	accept(t, s, "b.test", "", now, pdus(t, pdu("!r", 0, "x")))
 	accept(t, s, "c.test", "1", now, nil)
-	got := map[matrix.ServerName]Ages{}
-	if err := s.LoadAges(t.Context(), now, func(n matrix.ServerName, a Ages) error { got[n] = a; return nil }); err != nil {
-		t.Fatal(err)
+	for _, step := range []int64{1, 12, 13, agesStep} { // a step ends behind a destination
+		got := map[matrix.ServerName]Ages{}
+		calls := 0
+		if err := s.loadAges(t.Context(), now, step, func(n matrix.ServerName, a Ages) error {
+			calls++
+			got[n] = a
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		want(t, "ages", got, map[matrix.ServerName]Ages{"a.test": {3, 2, 1, 1, 2, 1, 2}, "b.test": {1}})
+		want(t, "calls", calls, 2)
 	}
-	want(t, "ages", got, map[matrix.ServerName]Ages{"a.test": {3, 2, 1, 1, 2, 1, 2}, "b.test": {1}})
+	broken := errors.New("broken")
+	if err := s.LoadAges(t.Context(), now, func(matrix.ServerName, Ages) error { return broken }); !errors.Is(err, broken) {
+		t.Errorf("an error of the caller's comes back as %v", err)
+	}
 }
 
 func TestWhatCannotBeStoredIsRefused(t *testing.T) {
