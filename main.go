@@ -39,6 +39,8 @@ commands:
   run             serve until SIGTERM or SIGINT (the default); SIGHUP reloads the configuration
   check           read the configuration, print the effective budgets, and exit
   status          ask a running fsbus for its status and print it
+  queue           show and change what waits for other servers (queue -h: how)
+  explain         say in words why what waits for a server does
   synapse-config  print the lines for homeserver.yaml
   version         print the version
 
@@ -58,6 +60,8 @@ var commands = map[string]command{
 	"run":            {"serve until SIGTERM or SIGINT; SIGHUP reloads the configuration", runCommand},
 	"check":          {"read the configuration, print the effective budgets, and exit", checkCommand},
 	"status":         {"ask a running fsbus for its status and print it", statusCommand},
+	"queue":          {"show and change what waits for other servers", queueCommand(node.Queue)},
+	"explain":        {"say in words why what waits for a server does", queueCommand(node.Explain)},
 	"synapse-config": {"print the lines for homeserver.yaml", synapseCommand},
 	"version":        {"print the version", versionCommand},
 }
@@ -106,7 +110,7 @@ func parse(fs *flag.FlagSet, args []string) (code int, done bool) {
 }
 
 func configFlag(fs *flag.FlagSet) *string {
-	return fs.String("config", "/etc/fsbus/config.toml", "the configuration `file`")
+	return fs.String("config", node.DefaultPath, "the configuration `file`")
 }
 
 // load reads the configuration and prints what is wrong with it.
@@ -195,6 +199,21 @@ func statusCommand(fs *flag.FlagSet, args []string) int {
 		return exitFailed
 	}
 	return exitOK
+}
+
+// queueCommand runs a command that has flags of its own.
+func queueCommand(run func(context.Context, node.Terminal, []string) error) func(*flag.FlagSet, []string) int {
+	return func(_ *flag.FlagSet, args []string) int {
+		switch err := run(context.Background(), node.Stdio(), args); {
+		case err == nil, errors.Is(err, flag.ErrHelp):
+			return exitOK
+		case errors.Is(err, node.ErrUsage):
+			return exitUsage
+		default:
+			fmt.Fprintln(os.Stderr, "fsbus:", err)
+			return exitFailed
+		}
+	}
 }
 
 func synapseCommand(fs *flag.FlagSet, args []string) int {

@@ -60,9 +60,10 @@ const (
 	// readingGoroutines read a connection's request.
 	readingGoroutines = 1
 	// fixedGoroutines are those that every node has: the loop, the store's writer, the watcher of parked
-	// connections, the pools that write answers, the status page (8), and the
-	// process itself with its signals (4).
-	fixedGoroutines = 3 + smallRepliers + largeRepliers + 8 + 4
+	// connections, the pools that write answers, the status page (8), the
+	// admin's socket, two for each of its connections, and the process itself with
+	// its signals (4).
+	fixedGoroutines = 3 + smallRepliers + largeRepliers + 8 + 1 + 2*adminConns + 4
 
 	// workerConnections are two that race for one server.
 	workerConnections = 2

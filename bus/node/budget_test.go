@@ -35,7 +35,7 @@ func TestBudgetTable(t *testing.T) {
   servers with a queue         4500     400 B   1.7 MiB   outbox.max_destinations
   who is in which room            1   2.5 MiB   2.5 MiB   outbox.ack_memory
   sum                                          63.9 MiB   of memory_limit, 64.0 MiB
-goroutines                      800
+goroutines                      809
 connections to servers          232
 file descriptors               4868
 `

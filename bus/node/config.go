@@ -29,8 +29,8 @@ import (
 type Config struct {
 	// DataDir is the folder of the database and of the spool. It is made if it
 	// is missing, but the folder above it is not. Default "/var/lib/fsbus". It
-	// holds a few megabytes, and Outbound.SpoolDisk on top while large answers
-	// pass.
+	// holds a few megabytes, Outbound.SpoolDisk on top while large answers pass,
+	// and at most 256 MiB of copies of what an admin has dropped.
 	DataDir string `toml:"data_dir"`
 	// MemoryLimit is what the whole process may use at worst, in bytes; it
 	// does not start when Budget adds up to more. Default 64 MiB. A higher
@@ -257,6 +257,11 @@ type StatusConfig struct {
 	// false. The page has no password, and names the servers that are talked
 	// to.
 	AllowRemote bool `toml:"allow_remote"`
+	// Admin is the socket of the commands that show and change the queue,
+	// "unix:/path"; a relative path starts at DataDir. "" turns it off. Default
+	// "unix:admin.sock". Only its owner may connect. It costs up to nine
+	// goroutines.
+	Admin string `toml:"admin"`
 }
 
 // DefaultConfig returns what holds for keys that are not set. It lacks what
@@ -302,7 +307,7 @@ func DefaultConfig() Config {
 			IPRangeAllowlist: []string{},
 			Resolve:          map[string]string{},
 		},
-		Status: StatusConfig{Listen: "127.0.0.1:8011"},
+		Status: StatusConfig{Listen: "127.0.0.1:8011", Admin: "unix:admin.sock"},
 	}
 }
 
@@ -451,6 +456,16 @@ func (c *Config) level() slog.Level {
 		panic(fmt.Sprintf("node: a log level that was not checked: %v", err))
 	}
 	return l
+}
+
+// adminSocket returns the path of Status.Admin, "" for none. It is not made
+// absolute once and for all like other paths: it moves with DataDir.
+func (c *Config) adminSocket() string {
+	path := strings.TrimPrefix(c.Status.Admin, "unix:")
+	if path == "" || filepath.IsAbs(path) {
+		return path
+	}
+	return filepath.Join(c.DataDir, path)
 }
 
 // frontListenOptions returns how the addresses of Front.Listen are opened.

@@ -89,6 +89,7 @@ func (k *checker) check() {
 	k.secret()
 	k.federation()
 	k.status()
+	k.admin()
 	if numbersFine { // else what contradicts what would be a guess
 		k.core()
 		k.memory()
@@ -452,6 +453,29 @@ func (k *checker) status() {
 	c.Listen = k.listen("status.listen", c.Listen, c.AllowRemote, "the page has no password")
 	if slices.Contains(k.c.Front.Listen, c.Listen) && !strings.HasSuffix(c.Listen, ":0") {
 		k.bad("status.listen", quote(c.Listen)+" is in front.listen as well", "an address of its own")
+	}
+}
+
+func (k *checker) admin() {
+	const key = "status.admin"
+	const want = `"unix:/path", or "" for none`
+	c := &k.c.Status
+	if c.Admin == "" || k.reported(key) {
+		return
+	}
+	given, ok := strings.CutPrefix(c.Admin, "unix:")
+	path := k.c.adminSocket()
+	switch {
+	case !ok:
+		k.bad(key, "is "+quote(c.Admin)+", and only a unix socket says who may connect: the queue can be deleted there", want)
+	case given == "" || strings.ContainsFunc(given, unicode.IsControl):
+		k.bad(key, "is "+quote(c.Admin), want)
+	case !filepath.IsAbs(given) && k.reported("data_dir"): // where it would be is not known
+	case len(path) > maxSocketPath:
+		k.bad(key, fmt.Sprintf("the path %s has %d bytes", quote(path), len(path)),
+			fmt.Sprintf("at most %d, as the system has it for sockets, such as \"unix:/run/fsbus/admin.sock\"", maxSocketPath))
+	case "unix:"+path == c.Listen || slices.Contains(k.c.Front.Listen, "unix:"+path):
+		k.bad(key, quote("unix:"+path)+" is in status.listen or front.listen as well", "a path of its own")
 	}
 }
 

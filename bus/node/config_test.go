@@ -117,6 +117,9 @@ func TestConfigDefaults(t *testing.T) {
 	want.Front.Listen = []string{"127.0.0.1:8009"}
 	want.Front.Secret = "0123456789abcdef"
 	want.Front.secret = []byte("0123456789abcdef")
+	if got := c.adminSocket(); got != dir+"/admin.sock" {
+		t.Errorf("the admin's socket is %s", got)
+	}
 	if !reflect.DeepEqual(*c, want) {
 		t.Errorf("got %+v\nwant %+v", *c, want)
 	}
@@ -196,6 +199,7 @@ resolve = {"HS2.test" = "127.0.0.1", "hs3.test:8448" = "[::1]:8449"}
 [status]
 listen = "unix:status.sock"
 allow_remote = true
+admin = "unix:../other.sock"
 `
 	dir := t.TempDir()
 	keyFile(t, dir, 7)
@@ -215,6 +219,7 @@ allow_remote = true
 		{"server_name", string(c.Homeserver.ServerName), "Example.ORG:8448"},
 		{"listen", fmt.Sprint(c.Front.Listen), "[unix:" + dir + "/s/fsbus.sock unix:/run/x.sock [::1]:8009 localhost:0 10.0.0.1:8009]"},
 		{"status", c.Status.Listen, "unix:" + dir + "/status.sock"},
+		{"admin", c.adminSocket(), dir + "/other.sock"},
 		{"resolve", fmt.Sprint(c.Federation.Resolve), "map[HS2.test:127.0.0.1 hs3.test:8448:[::1]:8449]"},
 		{"secret", string(c.Front.secret), "another secret"},
 		{"core", fmt.Sprint(c.Core()), fmt.Sprint(bus.Config{Workers: 64, Unknown: 48, Failing: 8, HostConcurrency: 2,

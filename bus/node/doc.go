@@ -19,6 +19,9 @@
 // cannot hold up the small ones: what is known to be small goes to one, all
 // else to the other.
 //
+// An admin's commands come over a socket of their own (admin.go), one at a time.
+// They read the core on its loop, and the store beside its writer.
+//
 // Maps of requests and attempts belong to the loop's goroutine alone. Bodies
 // are counted references; whoever needs one holds one.
 package node

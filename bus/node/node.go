@@ -259,6 +259,7 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 			}
 		})
 	}
+	admin := n.startAdmin(ctx, listeners.admin, failed)
 	for _, ln := range listeners.front {
 		n.log.Info("listening for the homeserver", "address", ln.Addr().String())
 	}
@@ -267,6 +268,7 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 		n.log.Warn("systemd was not told", "error", err)
 	}
 	err = n.attend(ctx, failed, hup, load)
+	admin.close()
 	n.stop(page, time.Duration(cfg.DrainTimeout))
 	stopLoop()
 	return err
@@ -370,6 +372,7 @@ func limitMemory(cfg *Config) {
 type listeners struct {
 	front  []net.Listener
 	status net.Listener
+	admin  net.Listener
 }
 
 // listen opens what the configuration names, or takes what systemd passes: a
@@ -406,7 +409,8 @@ func (n *Node) listen(cfg *Config) (l listeners, err error) {
 			return l, fmt.Errorf("status: %w", err)
 		}
 	}
-	return l, nil
+	l.admin, err = listenAdmin(cfg)
+	return l, err
 }
 
 func (l listeners) close() {

@@ -41,7 +41,8 @@ func withOutbox(t *testing.T, outbox string) config {
 	return config{outbox: outbox, key: keyFile(t, t.TempDir(), 7)}
 }
 
-const quick = "presence_window = \"0s\"\nreceipt_window = \"0s\"\ntyping_window = \"0s\"\n"
+// quick is an outbox that neither waits nor holds answers.
+const quick = "ack_pace = \"off\"\npresence_window = \"0s\"\nreceipt_window = \"0s\"\ntyping_window = \"0s\"\n"
 
 // until waits for something that comes by itself, within a bound that only a
 // hang reaches.

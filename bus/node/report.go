@@ -8,6 +8,7 @@ import (
 	"fsbus/bus"
 	"fsbus/bus/matrix"
 	"fsbus/netx"
+	"fsbus/sched"
 	"fsbus/store"
 )
 
@@ -235,21 +236,25 @@ func hostsReport(s *bus.Snapshot) HostsReport {
 	for _, l := range s.Lanes {
 		h.Ranks = append(h.Ranks, RankReport{l.Name, l.Hosts, int64(l.Slots.Used), int64(l.Slots.Max), int64(l.Slots.Limit)})
 	}
-	for _, w := range s.Worst {
-		r := HostReport{Name: string(w.Name), Rank: w.Rank, Waiting: w.Waiting, Running: w.Running, Failures: w.Failures, LastError: w.Why}
-		if w.FirstFailure != 0 {
-			r.FailingFor = seconds(s.At.Sub(w.FirstFailure))
-		}
-		if next := max(w.NextTry, w.Paused); next > s.At {
-			r.NextTryIn = seconds(next.Sub(s.At))
-		}
-		if w.LastSuccess != 0 {
-			t := w.LastSuccess.Std().UTC()
-			r.LastSuccess = &t
-		}
-		h.Worst = append(h.Worst, r)
+	for i := range s.Worst {
+		h.Worst = append(h.Worst, newHostReport(s.At, &s.Worst[i]))
 	}
 	return h
+}
+
+func newHostReport(now sched.Time, w *bus.HostStatus) HostReport {
+	r := HostReport{Name: string(w.Name), Rank: w.Rank, Waiting: w.Waiting, Running: w.Running, Failures: w.Failures, LastError: w.Why}
+	if w.FirstFailure != 0 {
+		r.FailingFor = seconds(now.Sub(w.FirstFailure))
+	}
+	if next := max(w.NextTry, w.Paused); next > now {
+		r.NextTryIn = seconds(next.Sub(now))
+	}
+	if w.LastSuccess != 0 {
+		t := w.LastSuccess.Std().UTC()
+		r.LastSuccess = &t
+	}
+	return r
 }
 
 func storeReport(s store.Stats) StoreReport {

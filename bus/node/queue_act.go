@@ -1,0 +1,143 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/store"
+)
+
+// flushed is the answer to POST /queue/flush.
+type flushed struct {
+	Destinations int64 `json:"destinations"` // that are tried
+	Held         int64 `json:"held"`         // and that are not, being held
+}
+
+// flush answers POST /queue/flush?destination= or ?all=true: what waits is tried
+// at once.
+func (a *adminServer) flush(ctx context.Context, q url.Values) (reply, error) {
+	asking, cancel := patiently(ctx)
+	defer cancel()
+	if q.Get("all") == "true" {
+		return a.flushAll(asking)
+	}
+	name, err := destination(q)
+	if err != nil {
+		return nil, err
+	}
+	st, _, known, err := a.core.queue(asking, name)
+	switch {
+	case err != nil:
+		return nil, loopError(err)
+	case !known:
+		return nil, unknown(name)
+	case st.Held:
+		return nil, adminError{http.StatusConflict, fmt.Sprintf("%s is held: release it first", name)}
+	case st.Total() == 0:
+		return writeJSON(flushed{}), nil
+	}
+	a.core.flush(name)
+	a.log.Info("an admin wants a destination to be tried now", "destination", name, "items", st.Total())
+	return writeJSON(flushed{Destinations: 1}), nil
+}
+
+func (a *adminServer) flushAll(ctx context.Context) (reply, error) {
+	var names []matrix.ServerName
+	var answer flushed
+	if err := a.core.queues(ctx, func(st bus.QueueStatus) {
+		switch {
+		case st.Held:
+			answer.Held++
+		case st.Total() > 0:
+			names = append(names, st.Name)
+		}
+	}); err != nil {
+		return nil, loopError(err)
+	}
+	for _, name := range names {
+		if ctx.Err() != nil {
+			break
+		}
+		a.core.flush(name)
+		answer.Destinations++
+	}
+	a.log.Info("an admin wants all destinations to be tried now", "destinations", answer.Destinations, "held", answer.Held)
+	return writeJSON(answer), nil
+}
+
+// heldAnswer is the answer to POST /queue/hold and /queue/release.
+type heldAnswer struct {
+	Destination string `json:"destination"`
+	Held        bool   `json:"held"`
+	Changed     bool   `json:"changed"` // it was not so before
+	Items       int64  `json:"items"`
+}
+
+// hold answers POST /queue/hold?destination= and /queue/release?destination=.
+func (a *adminServer) hold(held bool) func(context.Context, url.Values) (reply, error) {
+	return func(ctx context.Context, q url.Values) (reply, error) {
+		name, st, err := a.known(ctx, q)
+		if err != nil {
+			return nil, err
+		}
+		op := &store.Hold{Destination: name, Held: held}
+		if err := a.apply(ctx, op); err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		answer := heldAnswer{string(name), held, st.Held != held, op.Result.Kinds.Sum().Items}
+		a.log.Info("an admin has a destination held or released", "destination", name, "held", held, "items", answer.Items)
+		return writeJSON(answer), nil
+	}
+}
+
+// known returns the destination of a request, which must be known.
+func (a *adminServer) known(ctx context.Context, q url.Values) (matrix.ServerName, bus.QueueStatus, error) {
+	name, err := destination(q)
+	if err != nil {
+		return "", bus.QueueStatus{}, err
+	}
+	ctx, cancel := patiently(ctx)
+	defer cancel()
+	st, _, known, err := a.core.queue(ctx, name)
+	switch {
+	case err != nil:
+		err = loopError(err)
+	case !known:
+		err = unknown(name)
+	}
+	return name, st, err
+}
+
+// apply waits for operations even if the admin does not: they are done in any
+// case, and are to be told of in the log.
+func (a *adminServer) apply(ctx context.Context, ops ...store.OutboxOp) error {
+	ctx, cancel := patiently(context.WithoutCancel(ctx))
+	defer cancel()
+	return a.core.apply(ctx, ops...)
+}
+
+// forgotten is the answer to POST /queue/forget.
+type forgotten struct {
+	Items int64 `json:"items"`
+	Bytes int64 `json:"bytes"`
+}
+
+// forget answers POST /queue/forget?through=: what is set aside goes, up to that
+// id.
+func (a *adminServer) forget(ctx context.Context, q url.Values) (reply, error) {
+	through, err := strconv.ParseInt(q.Get("through"), 10, 64)
+	if err != nil || through < 1 {
+		return nil, badRequest("%q is not the id of what is set aside", q.Get("through"))
+	}
+	op := &store.ForgetAside{Through: through}
+	if err := a.apply(ctx, op); err != nil {
+		return nil, err
+	}
+	a.log.Info("an admin has items forgotten that were set aside", "through", through, "items", op.Result.Items, "bytes", op.Result.Bytes)
+	return writeJSON(forgotten{op.Result.Items, op.Result.Bytes}), nil
+}
