@@ -103,7 +103,7 @@ func (m *Machine) delivered(c *call, ev Done, suspect bool) {
 		}
 	}
 	m.leave(q)
-	if !ev.Sent {
+	if !ev.Sent && !txn.Again { // else an earlier attempt, perhaps before a crash, may have arrived
 		o.stats.Thawed++
 		m.settle(q, txn.ID, Thaw, "")
 		return

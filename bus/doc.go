@@ -68,8 +68,8 @@
 // noted (Settle) before the next is packed:
 //
 //   - 200: delivered.
-//   - Nothing was sent: the transaction is taken apart again, so that what is
-//     pending goes on merging while the destination is away.
+//   - Nothing of it was ever sent: the transaction is taken apart again, so that
+//     what is pending goes on merging while the destination is away.
 //   - Anything else: it stays as it is, under its id, and is tried again after a
 //     back-off: the host's when it could not be reached, else the queue's own.
 //   - The same definite refusal again and again: its items are divided, until the

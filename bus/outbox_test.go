@@ -1,0 +1,192 @@
+package bus
+
+import (
+	"testing"
+	"time"
+
+	"fsbus/bus/matrix"
+)
+
+// outboxRig is a rig with an outbox, of which it also plays the store: it knows
+// how many items of each kind are pending, packs them all, and freezes them.
+type outboxRig struct {
+	*rig
+	pending map[matrix.ServerName]*Backlog
+	frozen  map[matrix.ServerName]string
+	most    int32 // PDUs in a transaction, 0: all
+}
+
+// newOutboxRig answers the homeserver at once, unless change says otherwise.
+func newOutboxRig(t *testing.T, change func(*Config)) *outboxRig {
+	t.Helper()
+	r := newRig(t, func(c *Config) {
+		c.Outbox = DefaultOutbox()
+		c.Outbox.Pace.Ack = AckOff
+		if change != nil {
+			change(c)
+		}
+	})
+	o := &outboxRig{rig: r, pending: map[matrix.ServerName]*Backlog{}, frozen: map[matrix.ServerName]string{}}
+	o.now = o.now.Add(time.Hour) // so that a test can speak of what came before
+	return o
+}
+
+func (r *outboxRig) backlog(dest matrix.ServerName) *Backlog {
+	b := r.pending[dest]
+	if b == nil {
+		b = new(Backlog)
+		r.pending[dest] = b
+	}
+	if b.Total() == 0 {
+		b.Oldest = 0
+	}
+	return b
+}
+
+// offer has the homeserver send a transaction.
+func (r *outboxRig) offer(dest matrix.ServerName) ReqID {
+	r.t.Helper()
+	r.req++
+	r.step(Offered{Req: r.req, Dest: dest, Class: matrix.ClassEvent})
+	r.one("the store is asked to take it over", len(of[Accept](r.last)) == 1 && of[Accept](r.last)[0].Req == r.req)
+	return r.req
+}
+
+// stores has the store take over what was offered.
+func (r *outboxRig) stores(req ReqID, dest matrix.ServerName, kinds ...matrix.Kind) {
+	r.t.Helper()
+	b := r.backlog(dest)
+	ev := Accepted{Req: req}
+	for _, k := range kinds {
+		ev.Kinds[k]++
+		b.Items[k]++
+		b.Bytes += 100
+	}
+	if b.Oldest == 0 {
+		b.Oldest = r.now
+	}
+	ev.Backlog = *b
+	r.step(ev)
+}
+
+// take has the outbox take over a transaction of such items.
+func (r *outboxRig) take(dest matrix.ServerName, kinds ...matrix.Kind) ReqID {
+	r.t.Helper()
+	req := r.offer(dest)
+	r.stores(req, dest, kinds...)
+	return req
+}
+
+// only returns the only effect of its kind in the last step.
+func only[E Effect](r *outboxRig, what string) E {
+	r.t.Helper()
+	found := of[E](r.last)
+	r.one(what, len(found) == 1)
+	return found[0]
+}
+
+// packs answers the Pack of the last step, and returns the Send that follows.
+func (r *outboxRig) packs() Send {
+	r.t.Helper()
+	p := only[Pack](r, "want one Pack")
+	b := r.backlog(p.Dest)
+	id, again := r.frozen[p.Dest]
+	if !again {
+		id = p.TxnID
+		r.frozen[p.Dest] = id
+	}
+	b.Frozen = true
+	ev := Packed{Batch: p.Batch, OK: true, Txn: TxnInfo{ID: id, Again: again, PDUs: b.Items[matrix.KindPDU], Bytes: b.Bytes, Oldest: b.Oldest}, Backlog: *b}
+	ev.Txn.EDUs = int32(b.Total()) - ev.Txn.PDUs
+	if r.most > 0 {
+		ev.Txn.PDUs = min(ev.Txn.PDUs, r.most)
+	}
+	r.step(ev)
+	return r.sent()
+}
+
+// ends has the attempt end with an answer.
+func (r *outboxRig) ends(s Send, status int) {
+	r.t.Helper()
+	r.step(Answered{Op: s.Op, Status: status})
+	r.step(Done{Op: s.Op, Size: 2, Sent: true})
+}
+
+// breaks has the attempt end without an answer.
+func (r *outboxRig) breaks(s Send, f matrix.Failure, sent bool) {
+	r.t.Helper()
+	r.step(Done{Op: s.Op, Failure: f, Detail: "simulated", Sent: sent})
+}
+
+// settles has the store note the outcome that the last step names.
+func (r *outboxRig) settles() Settle {
+	r.t.Helper()
+	s := only[Settle](r, "want one Settle")
+	b := r.backlog(s.Dest)
+	r.one("the outcome is that of what is frozen", r.frozen[s.Dest] == s.TxnID)
+	ev := Settled{Batch: s.Batch, OK: true}
+	switch s.Outcome {
+	case Delivered:
+		for k := range b.Items {
+			n := b.Items[k]
+			if k == int(matrix.KindPDU) && r.most > 0 {
+				n = min(n, r.most)
+			}
+			ev.Delivered[k] = n
+			b.Items[k] -= n
+		}
+	case Bisect:
+		if b.Total() == 1 {
+			ev.SetAside = 1
+			*b = Backlog{}
+		}
+	}
+	delete(r.frozen, s.Dest)
+	b.Frozen = false
+	ev.Backlog = *r.backlog(s.Dest)
+	r.step(ev)
+	return s
+}
+
+// commits has all that was to be written written.
+func (r *outboxRig) commits() {
+	r.t.Helper()
+	for id := BatchID(1); id <= r.m.nextBatch; id++ {
+		if _, under := r.m.commits[id]; under {
+			r.step(Committed{Batch: id, OK: true})
+		}
+	}
+}
+
+// passTo lets time go by until a Pack or Commit is wanted, and returns how long
+// that took; at most d.
+func (r *outboxRig) passTo(d time.Duration) time.Duration {
+	r.t.Helper()
+	start, until := r.now, r.now.Add(d)
+	for {
+		at, ok := r.m.NextWake()
+		if !ok || at > until {
+			r.now = until
+			return d
+		}
+		r.now = max(r.now, at)
+		r.step(Tick{})
+		if len(of[Pack](r.last))+len(of[Commit](r.last)) > 0 {
+			return r.now.Sub(start)
+		}
+		for _, e := range of[Expire](r.last) {
+			r.step(Trimmed{Batch: e.Batch, OK: true})
+		}
+	}
+}
+
+// nearly reports whether d is one of sched.Backoff's delays of about want.
+func nearly(d, want time.Duration) bool { return d >= want/5*4 && d <= want/5*6 }
+
+const (
+	kPDU      = matrix.KindPDU
+	kPresence = matrix.KindPresence
+	kTyping   = matrix.KindTyping
+	kReceipt  = matrix.KindReceipt
+	kToDevice = matrix.KindToDevice
+)
