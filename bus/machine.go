@@ -209,7 +209,9 @@ func (m *Machine) due() {
 			m.plan(t.queue)
 		case t.sweep:
 			m.outbox.sweep = nil
-			m.sweepAll(0)
+			if !m.draining {
+				m.sweepAll(0)
+			}
 		}
 	}
 }

@@ -190,3 +190,18 @@ const (
 	kReceipt  = matrix.KindReceipt
 	kToDevice = matrix.KindToDevice
 )
+
+// Nothing is wanted of a store that may be closed already.
+func TestNothingIsSweptAfterTheDrain(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("h.test", kPDU)
+	s := r.packs()
+	r.step(Draining{By: r.now})
+	r.ends(s, 200)
+	r.settles()
+	r.commits()
+	r.one("it is drained", len(of[Drained](r.all)) == 1)
+	before := len(r.all)
+	r.pass(time.Hour)
+	r.one("nothing follows", len(r.all) == before)
+}
