@@ -94,6 +94,7 @@ func (m *Machine) configureOutbox() {
 		return
 	}
 	o.pacer.Configure(m.cfg.Outbox.Pace)
+	m.admit()
 }
 
 // waiting is how many requests of the homeserver have not been answered.
@@ -332,6 +333,12 @@ func (m *Machine) leave(q *queue) {
 	q.call.phase = phaseEnded
 	q.call = nil
 	o.active.Give()
+	m.admit()
+}
+
+// admit gives free places to those that stand in line for one.
+func (m *Machine) admit() {
+	o := &m.outbox
 	for class := range o.lines {
 		for o.active.Free() > 0 {
 			next, ok := o.lines[class].Pop()

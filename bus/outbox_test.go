@@ -1,6 +1,8 @@
 package bus
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -204,4 +206,43 @@ func TestNothingIsSweptAfterTheDrain(t *testing.T) {
 	before := len(r.all)
 	r.pass(time.Hour)
 	r.one("nothing follows", len(r.all) == before)
+}
+
+// crowded lets three queues have a call at a time.
+func crowded(c *Config) {
+	c.Workers, c.Unknown, c.Failing = 8, 8, 1
+	c.MaxRequests = 20
+	c.MaxHosts = 20 + 2*8 + 1
+}
+
+// fillPlaces has as many destinations want a place as there are, and returns how
+// many.
+func (r *outboxRig) fillPlaces() int {
+	r.t.Helper()
+	places := int(r.m.outbox.active.Limit)
+	for i := range places {
+		r.take(matrix.ServerName(fmt.Sprintf("first%d.test", i)), kPDU)
+	}
+	r.one("all places are taken", r.m.outbox.active.Free() == 0)
+	return places
+}
+
+func (r *outboxRig) status(dest matrix.ServerName) QueueStatus {
+	r.t.Helper()
+	s, ok := r.m.QueueStatus(r.now, dest)
+	if !ok {
+		r.t.Fatalf("nothing is known of %s", dest)
+	}
+	return s
+}
+
+func TestMorePlacesAreGivenToThoseInLine(t *testing.T) {
+	r := newOutboxRig(t, crowded)
+	r.fillPlaces()
+	r.take("late.test", kPDU)
+	r.one("it stands in line", strings.Contains(r.status("late.test").Why, "destinations are before it"))
+	c := r.m.cfg
+	c.MaxHosts += 5
+	r.step(Reconfigured{c})
+	r.one("it has a place", r.m.outbox.queues["late.test"].call != nil)
 }
