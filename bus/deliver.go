@@ -63,6 +63,8 @@ func (m *Machine) packed(ev Packed) {
 	o.stats.Transactions++
 	if ev.Txn.Again {
 		o.stats.Retried++
+	} else {
+		q.refusals = 0 // whatever was refused, it was not this
 	}
 	c.expire = m.timers.Set(m.now.Add(deliveryTimeout), timer{call: c, expire: true})
 	m.transmit(c)
