@@ -246,3 +246,18 @@ func TestMorePlacesAreGivenToThoseInLine(t *testing.T) {
 	r.step(Reconfigured{c})
 	r.one("it has a place", r.m.outbox.queues["late.test"].call != nil)
 }
+
+func TestStatusOfAFailingDestinationInLine(t *testing.T) {
+	r := newOutboxRig(t, crowded)
+	r.take("dead.test", kPDU)
+	r.breaks(r.packs(), matrix.FailRefused, false)
+	r.settles()
+	r.commits()
+	s := r.status("dead.test")
+	r.one("it is left alone for a while", s.State == "backing off" && s.NextTry > r.now && strings.Contains(s.Why, "connection refused"))
+	r.fillPlaces()
+	r.passTo(10 * time.Second)
+	if s := r.status("dead.test"); s.State != "queued" || s.NextTry != 0 || !strings.Contains(s.Why, "destinations are before it") {
+		t.Errorf("in line it is %s: %s, next try %d", s.State, s.Why, s.NextTry)
+	}
+}

@@ -112,7 +112,7 @@ func (m *Machine) queueStatus(now sched.Time, q *queue) QueueStatus {
 		s.State, s.Why = "waiting", "fsbus is stopping"
 	case !timed:
 		s.State, s.Why = "idle", "nothing is pending for it"
-	case h != nil && h.Failures > 0 && !h.reachable && h.NextTry >= at:
+	case at > now && h != nil && h.Failures > 0 && !h.reachable && h.NextTry >= at:
 		s.State, s.NextTry, s.Why = "backing off", at, h.why(now)
 		if s.LastError == "" {
 			s.LastError = h.Cause()
