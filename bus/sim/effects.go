@@ -11,6 +11,9 @@ import (
 
 // do executes one effect, checking that it is allowed.
 func (w *World) do(e bus.Effect) {
+	if w.out != nil && w.outboxEffect(e) {
+		return
+	}
 	switch e := e.(type) {
 	case bus.Send:
 		w.send(e)
@@ -20,6 +23,9 @@ func (w *World) do(e bus.Effect) {
 			w.failf("Cancel of attempt %d, done %t, cancelled %t", e.Op, a.done, a.cancel)
 		}
 		a.cancel = true
+		if a.txn != nil && !a.sent {
+			w.Counts["delivery put off"]++
+		}
 		w.at(w.between(0, 5*time.Millisecond), func() { w.finish(a, matrix.FailCancelled) })
 	case bus.Reply:
 		a := w.attempt(e.Op, "Reply")
@@ -58,6 +64,9 @@ func (w *World) do(e bus.Effect) {
 		w.commit(e)
 	case bus.Drained:
 		w.drained = true
+		if w.out != nil {
+			w.hasDrained()
+		}
 	default:
 		w.failf("unknown effect %T", e)
 	}
@@ -116,7 +125,7 @@ func (w *World) send(e bus.Send) {
 	a := &attempt{id: e.Op, req: r, host: h}
 	w.atts[e.Op] = a
 	w.Counts["send"]++
-	w.limits(h, r)
+	w.limits(h, r.Class)
 	h.triedAt = w.now
 
 	open := h.connected
@@ -126,13 +135,7 @@ func (w *World) send(e bus.Send) {
 	}
 	latency := w.between(time.Millisecond, 300*time.Millisecond)
 	body := w.between(time.Millisecond, 2*time.Second)
-	does := h.does
-	if does == flaps {
-		does = healthy
-		if (w.now/sched.Time(20*time.Second))%2 == 0 {
-			does = refuses
-		}
-	}
+	does := w.does(h)
 	if open && (does == refuses || does == noName || does == hangs) {
 		w.at(latency, func() { h.connected = false; w.finish(a, matrix.FailReset) })
 		return
@@ -192,6 +195,19 @@ func (w *World) send(e bus.Send) {
 	})
 }
 
+// does returns what a remote does at this moment.
+func (w *World) does(h *remote) behaviour {
+	switch {
+	case w.out != nil && w.out.partition:
+		return []behaviour{refuses, hangs}[w.rng.IntN(2)]
+	case h.does != flaps:
+		return h.does
+	case (w.now/sched.Time(20*time.Second))%2 == 0:
+		return refuses
+	}
+	return healthy
+}
+
 // reached notes that a remote has seen a request.
 func (w *World) reached(r *request) {
 	if r.Endpoint.Once && w.onceSent[r.Req] {
@@ -201,7 +217,7 @@ func (w *World) reached(r *request) {
 }
 
 // limits checks what the host may be asked for.
-func (w *World) limits(h *remote, r *request) {
+func (w *World) limits(h *remote, class matrix.Class) {
 	cfg := w.profile.Config
 	h.running++
 	if h.running > int(cfg.HostConcurrency) {
@@ -211,8 +227,8 @@ func (w *World) limits(h *remote, r *request) {
 	for _, o := range w.remotes {
 		all += o.running
 	}
-	if all > int(cfg.Workers) {
-		w.failf("%d attempts at a time, %d workers", all, cfg.Workers)
+	if w.workers = max(w.workers, int(cfg.Workers)); all > w.workers {
+		w.failf("%d attempts at a time, %d workers", all, w.workers)
 	}
 	recent := h.sends[:0]
 	for _, t := range h.sends {
@@ -221,7 +237,7 @@ func (w *World) limits(h *remote, r *request) {
 		}
 	}
 	h.sends = recent
-	if r.Class > matrix.ClassEvent { // better ones do not wait for the rate
+	if class > matrix.ClassEvent { // better ones do not wait for the rate
 		h.sends = append(recent, w.now)
 	}
 	if most := int(cfg.HostRate) + int(cfg.HostBurst) + 1; len(h.sends) > most {
@@ -236,8 +252,11 @@ func (w *World) limits(h *remote, r *request) {
 	for i := 1; i < h.failures && least < 150*time.Second; i++ {
 		least *= 2
 	}
-	if r.Class == matrix.ClassJoin {
+	if class == matrix.ClassJoin {
 		least = min(least, 29*time.Second)
+	}
+	if least = min(least, 4*time.Minute); h.flushed {
+		h.flushed, least = false, 0
 	}
 	if got := w.now.Sub(h.failedAt); got < least {
 		w.failf("%s is tried %s after failure %d in a row, %s is the least", h.name, got, h.failures, least)
@@ -256,13 +275,20 @@ func (w *World) finish(a *attempt, f matrix.Failure) {
 	a.done = true
 	h := a.host
 	h.running--
-	if f.NeverConnected() || f == matrix.FailTimeout {
+	// In an outage the core may rightly take a connection that hangs for one
+	// that is open and broken, as long as others have worked.
+	if f.NeverConnected() || f == matrix.FailTimeout && (w.out == nil || !w.out.partition) {
 		h.failures++
 		h.failedAt = w.now
 		h.intent = false
 	}
 	if f == matrix.FailNone && !a.answered {
 		w.failf("attempt %d ends well without an answer", a.id)
+	}
+	if a.txn != nil {
+		h.delivering = nil
+		w.step(bus.Done{Op: a.id, Failure: f, Detail: f.String(), Size: 2, Sent: a.sent})
+		return
 	}
 	w.step(bus.Done{Op: a.id, Failure: f, Detail: f.String(), Size: int64(w.rng.IntN(20000)), Kept: f == matrix.FailNone && w.rng.IntN(4) != 0})
 }

@@ -11,8 +11,9 @@ import (
 )
 
 var (
-	seedFlag  = flag.Uint64("seed", 0, "run only this seed, in every profile")
-	seedsFlag = flag.Uint64("seeds", 200, "how many seeds to run in each profile")
+	seedFlag        = flag.Uint64("seed", 0, "run only this seed, in every profile")
+	outboxSeedsFlag = flag.Uint64("outboxseeds", 500, "how many seeds to run in all profiles with an outbox")
+	seedsFlag       = flag.Uint64("seeds", 200, "how many seeds to run in each profile")
 )
 
 // saturated gives the core more work than it has workers for: only then does
@@ -31,6 +32,32 @@ var profiles = map[string]func() Profile{
 	"saturated": saturated,
 	"crash":     func() Profile { p := Profile{Crash: true}; return p },
 	"dead":      func() Profile { return Profile{Faulty: 95} },
+}
+
+// outboxProfiles run with an outbox; what each must reach.
+var outboxProfiles = map[string]struct {
+	profile func() Profile
+	share   uint64 // of a hundred seeds
+	reaches []string
+}{
+	"drawn": {func() Profile { return Profile{Requests: 40, Outbox: &OutboxProfile{}} }, 40,
+		[]string{"bisect", "set aside", "malformed", "thaw", "merged", "duplicate", "repeated", "accept fault 1", "accept fault 2",
+			"expired", "same id again", "offer gone", "hold", "flush", "drop", "drain", "reconfigured", "thaw merged"}},
+	"saturated": {outboxSaturated, 20, []string{"line", "thaw", "merged", "delivery put off"}},
+	"crash": {func() Profile { return Profile{Requests: 20, Outbox: &OutboxProfile{Crashes: 5}} }, 30,
+		[]string{"crash", "repeated", "same id again", "bisect"}},
+	"outage": {func() Profile {
+		return Profile{Requests: 20, Hosts: 5, Faulty: 10, Outbox: &OutboxProfile{News: 120, Gap: 90 * time.Second, Outage: 4 * time.Hour, Items: 500}}
+	}, 10, []string{"superseded", "expired", "thaw", "merged", "sweep"}},
+}
+
+// outboxSaturated has many destinations for few workers.
+func outboxSaturated() Profile {
+	c := bus.Default()
+	c.Workers, c.Unknown, c.Failing = 8, 4, 2
+	c.HostConcurrency, c.HostRate, c.HostBurst = 3, 20, 10
+	c.MaxRequests = 45
+	return Profile{Config: c, Hosts: 40, Requests: 100, Gap: 20 * time.Millisecond, Faulty: 40, Outbox: &OutboxProfile{News: 40, Gap: 100 * time.Millisecond}}
 }
 
 func TestWorldHoldsItsInvariants(t *testing.T) {
@@ -72,6 +99,31 @@ func run(t *testing.T, seed uint64, p Profile) (w *World) {
 	return w
 }
 
+func TestOutboxHoldsItsInvariants(t *testing.T) {
+	for name, p := range outboxProfiles {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			total := map[string]int{}
+			for seed := range *outboxSeedsFlag * p.share / 100 {
+				if *seedFlag != 0 && seed != *seedFlag {
+					continue
+				}
+				w := run(t, seed, p.profile())
+				for k, n := range w.Counts {
+					total[k] += n
+				}
+				total["steps"] += w.Steps
+			}
+			t.Log(fmt.Sprint(total))
+			for _, must := range append(p.reaches, "offer acknowledged", "item delivered", "delivery") {
+				if total[must] == 0 && *seedFlag == 0 {
+					t.Errorf("no %q in any run: the simulation does not reach it", must)
+				}
+			}
+		})
+	}
+}
+
 // The same seed must give the same run to the last effect: no map order, no
 // clock and no other chance may decide anything.
 func TestSameSeedSameRun(t *testing.T) {
@@ -80,6 +132,14 @@ func TestSameSeedSameRun(t *testing.T) {
 			a, b := NewWorld(seed, profile()).Run(), NewWorld(seed, profile()).Run()
 			if a != b {
 				t.Errorf("profile %s, seed %d: two runs differ", name, seed)
+			}
+		}
+	}
+	for name, p := range outboxProfiles {
+		for seed := range uint64(5) {
+			a, b := NewWorld(seed, p.profile()).Run(), NewWorld(seed, p.profile()).Run()
+			if a != b {
+				t.Errorf("outbox profile %s, seed %d: two runs differ", name, seed)
 			}
 		}
 	}

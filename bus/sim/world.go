@@ -16,7 +16,21 @@
 //   - what must not be sent twice is not, and what must not be shared is not;
 //   - all running totals of the core agree with a recount.
 //
-// When a run ends, the world heals and everything must come to rest.
+// With an outbox (OutboxProfile) there are also a homeserver that sends
+// transactions as Synapse does, a disk that does what the store promises, and
+// remotes that take transactions, refuse or lose them; see outbox.go. Then also:
+//
+//   - no answer before its transaction is on disk, and none later than may be;
+//   - one transaction at a time for a destination, sent only when it is on disk,
+//     with the same content under the same id, also after a crash;
+//   - each remote gets the events of a room in their order, no older version of
+//     anything after a newer one, and nothing twice;
+//   - a transaction is thawed only if nothing of it was sent, and delivered only
+//     if its destination has taken it.
+//
+// When a run ends, the world heals and everything must come to rest: then what
+// was acknowledged has been delivered, or was merged, a copy, expired, superseded
+// or set aside, each only where that may be.
 package sim
 
 import (
@@ -34,10 +48,11 @@ import (
 type Profile struct {
 	Config   bus.Config
 	Hosts    int
-	Requests int           // that arrive in all
-	Gap      time.Duration // mean time between arrivals
-	Faulty   int           // per cent of the hosts that misbehave
-	Crash    bool          // restart the core in the middle, with what the disk has
+	Requests int            // that arrive in all
+	Gap      time.Duration  // mean time between arrivals
+	Faulty   int            // per cent of the hosts that misbehave
+	Crash    bool           // restart the core in the middle, with what the disk has
+	Outbox   *OutboxProfile // nil: there is none
 }
 
 // behaviour is what a remote does.
@@ -67,6 +82,7 @@ type remote struct {
 	failedAt  sched.Time   // of the last attempt that found it dead
 	failures  int
 	intent    bool // an intent for it is on disk and not yet used
+	txState
 }
 
 type request struct {
@@ -80,7 +96,9 @@ type request struct {
 
 type attempt struct {
 	id       bus.OpID
-	req      *request
+	req      *request // nil for a delivery
+	txn      *packed  // of a delivery
+	sent     bool     // some of which may have reached the remote
 	host     *remote
 	answered bool
 	done     bool
@@ -115,6 +133,10 @@ type World struct {
 	Counts map[string]int
 	wakeAt sched.Time
 	epoch  int // of the core: events of an earlier one are dropped
+
+	out     *outboxWorld // nil: there is no outbox
+	healed  bool
+	workers int // the most that have been allowed
 }
 
 const origin = sched.Time(1_800_000_000_000_000_000)
@@ -144,6 +166,11 @@ func NewWorld(seed uint64, p Profile) *World {
 			*v = lo + w.rng.IntN(hi-lo)
 		}
 	}
+	if p.Outbox != nil {
+		pick(&w.profile.Hosts, 2, 14)
+		w.drawOutbox()
+		w.drawOutboxConfig(c)
+	}
 	pick(&w.profile.Hosts, 2, 80)
 	pick(&w.profile.Requests, 200, 1500)
 	pick(&w.profile.Faulty, 1, 70)
@@ -161,6 +188,9 @@ func NewWorld(seed uint64, p Profile) *World {
 		w.remotes = append(w.remotes, r)
 		w.byName[r.name] = r
 	}
+	if w.out != nil {
+		w.startOutbox()
+	}
 	w.boot()
 	at := w.now
 	for range w.profile.Requests {
@@ -168,6 +198,10 @@ func NewWorld(seed uint64, p Profile) *World {
 		w.future.Set(at, w.arrive)
 	}
 	w.end = at
+	if w.out != nil {
+		w.end = w.scheduleOutbox(at)
+		w.future.Set(w.end.Add(time.Minute), w.healOutbox)
+	}
 	if w.profile.Crash {
 		w.future.Set(w.now.Add(time.Duration(w.rng.Int64N(int64(at-w.now)))), w.crash)
 	}
@@ -177,6 +211,7 @@ func NewWorld(seed uint64, p Profile) *World {
 // boot starts a core with what the disk has.
 func (w *World) boot() {
 	w.epoch++
+	w.drained = false
 	w.reqs, w.atts, w.onceSent = map[bus.ReqID]*request{}, map[bus.OpID]*attempt{}, map[bus.ReqID]bool{}
 	w.m = bus.New(w.profile.Config, rand.New(rand.NewPCG(w.seed, uint64(w.epoch))))
 	for _, r := range w.remotes {
@@ -188,18 +223,26 @@ func (w *World) boot() {
 			r.failures = 0
 		}
 	}
+	var queues []bus.QueueRecord
+	if w.out != nil {
+		w.bootOutbox()
+		queues = w.out.disk.records()
+	}
 	var records []bus.HostRecord
 	for _, r := range w.remotes { // in a fixed order
 		if rec, ok := w.disk[r.name]; ok {
 			records = append(records, rec)
 		}
 	}
-	w.step(bus.Restored{Hosts: records})
+	w.step(bus.Restored{Hosts: records, Queues: queues})
 }
 
 // crash loses everything but the disk. The homeserver's connections break.
 func (w *World) crash() {
 	w.Counts["crash"]++
+	if w.out != nil {
+		w.out.hs.broke()
+	}
 	w.boot()
 }
 
@@ -218,6 +261,9 @@ func (w *World) between(lo, hi time.Duration) time.Duration {
 }
 
 func (w *World) arrive() {
+	if w.out != nil && w.deaf() {
+		return
+	}
 	w.lastReq++
 	ep := w.endpoints[w.rng.IntN(len(w.endpoints))]
 	host := w.remotes[w.rng.IntN(len(w.remotes))]
@@ -263,11 +309,25 @@ func (w *World) note(what string, v any) {
 }
 
 func (w *World) step(ev bus.Event) {
+	if w.out != nil && w.out.dead {
+		return
+	}
 	w.Steps++
 	w.note("<-", ev)
-	for _, e := range w.m.Step(w.now, ev, nil) {
+	drained := w.drained
+	effects := w.m.Step(w.now, ev, nil)
+	if w.out != nil {
+		if drained && len(effects) > 0 {
+			w.failf("%T%+v after Drained", effects[0], effects[0])
+		}
+		effects = w.cutByCrash(effects)
+	}
+	for _, e := range effects {
 		w.note("->", e)
 		w.do(e)
+	}
+	if w.out != nil && w.Steps%32 == 0 {
+		w.look()
 	}
 	if err := w.m.Check(); err != nil {
 		w.failf("%v", err)
@@ -278,8 +338,10 @@ func (w *World) step(ev bus.Event) {
 // Run lets the world go on until nothing is left to happen, and returns a hash
 // over all events and effects.
 func (w *World) Run() uint64 {
-	healed := false
 	for {
+		if w.out != nil && w.out.dead {
+			w.crash()
+		}
 		next, ok := w.future.Next()
 		wake, awake := w.m.NextWake()
 		switch {
@@ -290,8 +352,8 @@ func (w *World) Run() uint64 {
 			w.now = next
 			f, _ := w.future.Due(w.now)
 			f()
-		case !healed:
-			healed = true
+		case !w.healed:
+			w.healed = true
 			w.heal()
 		default:
 			w.rest()
@@ -339,6 +401,9 @@ func (w *World) rest() {
 	}
 	if !w.drained {
 		w.failf("at rest, but not drained")
+	}
+	if w.out != nil {
+		w.restOutbox()
 	}
 	if got := w.Counts["healed reply"]; got != w.Counts["healed"] {
 		w.failf("%d of %d healthy hosts answered after healing", got, w.Counts["healed"])

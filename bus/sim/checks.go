@@ -1,0 +1,357 @@
+package sim
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"fsbus/bus"
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// offer returns the homeserver's attempt that an effect is about.
+func (w *World) offer(id bus.ReqID, what string) *offer {
+	o := w.out.offers[id]
+	if o == nil {
+		w.failf("%s for transaction %d, which was never offered", what, id)
+	}
+	return o
+}
+
+func (w *World) endOffer(id bus.ReqID, how string) {
+	o := w.offer(id, how)
+	if o.ended {
+		w.failf("transaction %d is %s, which has ended", id, how)
+	}
+	o.ended = true
+	w.Counts["offer "+how]++
+}
+
+// acknowledge checks that what the homeserver now forgets is on disk, or was.
+func (w *World) acknowledge(id bus.ReqID) {
+	o := w.offer(id, "Acknowledge")
+	w.endOffer(id, "acknowledged")
+	if o.accepted == 0 || !o.stored {
+		w.failf("transaction %d is acknowledged: stored %t, and known to be %t", id, o.stored, o.accepted != 0)
+	}
+	for _, it := range o.txn.items {
+		if it.fate == nowhere {
+			w.failf("transaction %d is acknowledged, item %d of it is nowhere", id, it.n)
+		}
+	}
+	if held := w.now.Sub(o.accepted); held > w.profile.Config.Outbox.Pace.Hold && !o.loose {
+		w.failf("the answer of transaction %d was held for %s", id, held)
+	}
+	w.out.hs.answered(o)
+}
+
+// due has a transaction checked for its answer when it must have come: what the
+// pacer may hold it for, and before that the disk's longest queue.
+func (w *World) due(o *offer) {
+	w.at(45*time.Second, func() {
+		disk := w.out.disk
+		if o.ended || o.accepted == 0 {
+			if !o.ended && !disk.lagging(o.at) {
+				w.failf("transaction %d is not stored after 45 s", o.req)
+			}
+			return
+		}
+		if left := w.profile.Config.Outbox.Pace.Hold - w.now.Sub(o.accepted); left <= 0 && !o.loose {
+			w.failf("transaction %d is not answered after 45 s", o.req)
+		}
+	})
+}
+
+// lagging reports whether the disk still works on what it was given at a moment.
+func (d *disk) lagging(at sched.Time) bool { return d.reported < at.Add(30*time.Second) }
+
+// begins notes that the core packs for a destination: nothing else may be under
+// way for it.
+func (w *World) begins(e bus.Pack) *diskDest {
+	r := w.byName[e.Dest]
+	o := w.out
+	switch {
+	case r.busy != "" || r.delivering != nil:
+		w.failf("Pack for %s while it has a %s under way, delivering %t", e.Dest, r.busy, r.delivering != nil)
+	case o.ids[e.TxnID] || e.TxnID == "" || strings.Trim(e.TxnID, "0123456789") == "":
+		w.failf("Pack for %s under the id %q, which is another's", e.Dest, e.TxnID)
+	case o.draining || o.suspended:
+		w.failf("Pack for %s while draining (%t) or suspended (%t)", e.Dest, o.draining, o.suspended)
+	}
+	o.ids[e.TxnID] = true
+	r.busy = "pack"
+	return o.disk.dests[r.index]
+}
+
+// hasPacked notes a transaction of which the core is about to be told.
+func (w *World) hasPacked(batch bus.BatchID, dd *diskDest, p *packed) {
+	dd.r.busy = ""
+	if p == nil {
+		return
+	}
+	for _, n := range p.expired {
+		w.Counts["expired"] += int(n)
+	}
+	w.Counts["malformed"] += int(p.setAside)
+	if p.id != "" {
+		w.out.packs[batch] = p
+	}
+}
+
+// mayDeliver checks a Send of a transaction.
+func (w *World) mayDeliver(h *remote, e bus.Send) *packed {
+	p := w.out.packs[e.Batch]
+	if p == nil || p.unpacked || p.dest.r != h || w.atts[e.Op] != nil {
+		w.failf("Send of batch %d to %s, which is not packed", e.Batch, e.Dest)
+	}
+	if h.busy != "" || h.delivering != nil {
+		w.failf("Send to %s while it has a %s under way, delivering %t", e.Dest, h.busy, h.delivering != nil)
+	}
+	if parts := p.dest.parts; (len(parts) == 0 || parts[0].id != p.id) && w.Counts["drop"] == 0 {
+		w.failf("Send of transaction %s to %s, which is not frozen on disk", p.id, e.Dest)
+	}
+	content := ""
+	for _, it := range p.items {
+		content += fmt.Sprint(it.n, " ")
+	}
+	if old, sent := h.content[p.id]; sent && old != content {
+		w.failf("transaction %s to %s was %q and is %q", p.id, e.Dest, old, content)
+	}
+	h.content[p.id] = content
+	return p
+}
+
+// reaches notes that some of a transaction may have arrived.
+func (w *World) reaches(a *attempt) {
+	a.sent = true
+	a.host.reached[a.txn.id] = true
+}
+
+// takes has a remote take a transaction, unless it has it.
+func (w *World) takes(h *remote, p *packed) {
+	if h.taken[p.id] {
+		return
+	}
+	h.taken[p.id] = true
+	keys := map[string]bool{}
+	for _, it := range p.items {
+		if it.to != h {
+			w.failf("item %d for %s comes to %s", it.n, it.to.name, h.name)
+		}
+		if it.got++; it.got > 1 {
+			w.failf("%s has item %d for the second time, in transaction %s", h.name, it.n, p.id)
+		}
+		if it.fate != pending && it.fate != dropped {
+			w.failf("%s takes item %d, which is %s", h.name, it.n, it.fate)
+		}
+		if it.kind == matrix.KindPDU {
+			last := h.events[it.room]
+			if it.event < last {
+				w.failf("%s gets event %d of room %d after event %d", h.name, it.event, it.room, last)
+			}
+			h.events[it.room] = it.event
+		}
+		if it.version == 0 {
+			continue
+		}
+		key := it.kind.String() + " " + it.key
+		if keys[key] {
+			w.failf("transaction %s has two of %s", p.id, key)
+		}
+		keys[key] = true
+		if last := h.versions[key]; it.version <= last {
+			w.failf("%s gets version %d of %s after %d", h.name, it.version, key, last)
+		}
+		h.versions[key] = it.version
+	}
+}
+
+// ends checks what the core says of a transaction.
+func (w *World) ends(e bus.Settle) *diskDest {
+	h := w.byName[e.Dest]
+	if h.busy != "" || h.delivering != nil {
+		w.failf("Settle for %s while it has a %s under way, delivering %t", e.Dest, h.busy, h.delivering != nil)
+	}
+	h.busy = "settle"
+	switch {
+	case e.Outcome == bus.Delivered && !h.taken[e.TxnID]:
+		w.failf("transaction %s is delivered, but %s has not taken it", e.TxnID, e.Dest)
+	case e.Outcome == bus.Thaw && h.reached[e.TxnID]:
+		w.failf("transaction %s is thawed, but some of it may have reached %s", e.TxnID, e.Dest)
+	case e.Outcome == bus.Bisect && (h.refused[e.TxnID] < 3 || e.Reason == ""):
+		w.failf("transaction %s is bisected after %d refusals by %s, for %q", e.TxnID, h.refused[e.TxnID], e.Dest, e.Reason)
+	}
+	return w.out.disk.dests[h.index]
+}
+
+func (w *World) trims(e bus.Compact) *diskDest {
+	h := w.byName[e.Dest]
+	if h.busy != "" || h.delivering != nil {
+		w.failf("Compact for %s while it has a %s under way, delivering %t", e.Dest, h.busy, h.delivering != nil)
+	}
+	h.busy = "compact"
+	dd := w.out.disk.dests[h.index]
+	if b := dd.backlog(); b.Oldest == 0 || w.now.Sub(b.Oldest) < w.profile.Config.Outbox.CatchUpAfter-3*time.Second {
+		if !h.trimming {
+			w.failf("Compact for %s, of which the oldest item waits for %s", e.Dest, w.now.Sub(b.Oldest))
+		}
+	}
+	return dd
+}
+
+func (w *World) counts(s settled) {
+	w.Counts["set aside"] += int(s.setAside)
+	w.Counts["thaw merged"] += s.merged
+	if s.divided {
+		w.Counts["bisect"]++
+	}
+	if s.thawed {
+		w.Counts["thaw"]++
+	}
+}
+
+// look has every status made, and counts what is rarely seen otherwise.
+func (w *World) look() {
+	w.m.Queues(w.now, func(s bus.QueueStatus) {
+		if s.Why == "" || !slices.Contains([]string{"idle", "waiting", "queued", "sending", "backing off", "held"}, s.State) {
+			w.failf("the state of %s is %q: %q", s.Name, s.State, s.Why)
+		}
+		if s.NextTry != 0 && s.NextTry <= w.now {
+			w.failf("the next try of %s (%s, %s) was to be %s ago", s.Name, s.State, s.Why, w.now.Sub(s.NextTry))
+		}
+		w.Counts["state "+s.State]++
+		if strings.Contains(s.Why, "destinations are before it") {
+			w.Counts["line"]++
+		}
+	})
+	w.m.Outbox(w.now)
+}
+
+// isDelivered reports whether all that was acknowledged has come to its end.
+func (w *World) isDelivered() bool {
+	if !w.out.hs.idle() {
+		return false
+	}
+	for _, dd := range w.out.disk.dests {
+		if !dd.empty() && dd.r.does != broken {
+			return false
+		}
+	}
+	return true
+}
+
+func (w *World) undelivered() (s string) {
+	for i, dd := range w.out.disk.dests {
+		d := w.out.hs.dests[i]
+		if dd.empty() && d.flight == nil && len(d.waits) == 0 {
+			continue
+		}
+		q, _ := w.m.QueueStatus(w.now, dd.r.name)
+		s += fmt.Sprintf("\n%s: %d frozen, %d others, in flight to the bus: %t, waiting for it: %d; %s: %s", dd.r.name, len(dd.frozen()), len(dd.wait), d.flight != nil, len(d.waits), q.State, q.Why)
+	}
+	return s
+}
+
+// restOutbox checks that nothing is left undone.
+func (w *World) restOutbox() {
+	o := w.out
+	for _, of := range o.offers {
+		if !of.ended || !of.freed {
+			w.failf("at rest, transaction %d to %s: ended %t, freed %t", of.req, of.to.name, of.ended, of.freed)
+		}
+	}
+	for id, p := range o.packs {
+		if !p.unpacked {
+			w.failf("at rest, batch %d to %s is not unpacked", id, p.dest.r.name)
+		}
+	}
+	for _, r := range w.remotes {
+		if r.busy != "" || r.delivering != nil {
+			w.failf("at rest, %s has a %s under way, delivering %t", r.name, r.busy, r.delivering != nil)
+		}
+	}
+	type subject struct {
+		to  *remote
+		key string
+	}
+	newest := map[subject]*item{}
+	for _, it := range o.hs.items {
+		w.Counts["item "+it.fate.String()]++
+		healed := it.to.does != broken
+		var well bool
+		switch it.fate {
+		case nowhere:
+			well = !it.acked
+		case pending:
+			well = !healed
+		case delivered:
+			well = it.got == 1
+		case merged, expired, superseded:
+			well = it.got == 0 && it.kind != matrix.KindToDevice && it.kind != matrix.KindOther
+			switch it.kind {
+			case matrix.KindPDU:
+				well = well && it.fate == superseded
+			case matrix.KindDeviceList, matrix.KindSigningKey:
+				well = well && it.fate == merged
+			default:
+				well = well && it.fate != superseded
+			}
+		case duplicate:
+			well = it.got == 0 && it.kind == matrix.KindPDU
+		case aside:
+			well = it.got == 0 && (it.poison || it.malformed || it.to.everBad)
+		case dropped:
+			well = true
+		}
+		if !well {
+			w.failf("at rest, item %d (%s, version %d, event %d) for %s is %s, acknowledged %t, received %d times", it.n, it.kind, it.version, it.event, it.to.name, it.fate, it.acked, it.got)
+		}
+		if it.fate != nowhere && it.version != 0 {
+			newest[subject{it.to, it.kind.String() + " " + it.key}] = it
+		}
+	}
+	for s, it := range newest { // each is checked for itself
+		if it.fate == delivered && s.to.versions[s.key] != it.version {
+			w.failf("at rest, %s has version %d of %s, the newest is %d", s.to.name, s.to.versions[s.key], s.key, it.version)
+		}
+		if it.fate == merged {
+			w.failf("at rest, the newest version of %s for %s is merged", s.key, s.to.name)
+		}
+	}
+	for i, room := range o.hs.rooms {
+		for _, to := range room.members {
+			r := w.remotes[to]
+			if room.newest == nil || room.newest.poison || room.newest.malformed || r.does == broken || r.everBad || w.Counts["drop"] > 0 {
+				continue
+			}
+			if got := r.events[i]; got != room.events {
+				w.failf("at rest, the newest event of room %d that %s has is %d, there are %d", i, r.name, got, room.events)
+			}
+		}
+	}
+	w.balance()
+}
+
+// balance checks that the core's counts of items add up, if it has not been
+// restarted.
+func (w *World) balance() {
+	s, _ := w.m.Outbox(w.now)
+	var in, out, left int64
+	for k := range s.Items {
+		in += s.Stats.ItemsIn[k]
+		out += s.Stats.ItemsOut[k] + s.Stats.Expired[k]
+		left += s.Items[k]
+	}
+	out += s.Stats.Merged + s.Stats.Duplicates + s.Stats.Superseded + s.Stats.SetAside + int64(w.out.thawMerged)
+	if w.epoch == 1 && w.Counts["drop"] == 0 && in != out+left {
+		w.failf("%d items came in, %d are out and %d left", in, out, left)
+	}
+	for _, dd := range w.out.disk.dests {
+		q, ok := w.m.QueueStatus(w.now, dd.r.name)
+		if want := dd.backlog(); (ok || !dd.empty()) && q.Backlog != want {
+			w.failf("the core takes %+v to be pending for %s, it is %+v", q.Backlog, dd.r.name, want)
+		}
+	}
+}
