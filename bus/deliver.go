@@ -52,12 +52,13 @@ func (m *Machine) packed(ev Packed) {
 			m.stats.CommitsFailed++
 			q.notBefore = m.now.Add(storePause)
 		} else {
-			q.due = 0
+			q.due, q.left = 0, false
 		}
 		m.plan(q)
 		return
 	}
-	q.due = 0 // all that came so far is in it, or will be in the next
+	// All that came so far is in it, or will be in the next.
+	q.due, q.left, q.packed = 0, true, q.Total()
 	c.txn = ev.Txn
 	q.lastTry = m.now
 	o.stats.Transactions++
@@ -143,7 +144,9 @@ func (m *Machine) settled(ev Settled) {
 	case Delivered:
 		for k, n := range ev.Delivered {
 			o.stats.ItemsOut[k] += int64(n)
+			q.packed -= int64(n)
 		}
+		q.left = q.packed > 0
 		q.failures, q.refusals, q.status, q.lastError, q.notBefore = 0, 0, 0, "", 0
 		q.barren = false
 	case Bisect:

@@ -58,6 +58,8 @@ type queue struct {
 	busy bool  // the store is changing what is pending: nothing may be packed
 
 	due       sched.Time // when what was accepted last is to go; 0: nothing was since the last batch
+	left      bool       // something is pending that has waited long enough for company
+	packed    int64      // how many items were pending when the last batch was packed
 	notBefore sched.Time // the queue's own back-off, or its place after a start
 	timer     *sched.Timer[timer]
 	listed    bool // stands in a line
@@ -270,8 +272,8 @@ func (m *Machine) nextTry(q *queue) (at sched.Time, ok bool) {
 	if q.Total() == 0 || q.Held || m.outbox.suspended != "" || m.draining {
 		return 0, false
 	}
-	if at = max(q.due, q.notBefore); at == 0 {
-		at = m.now // left over from the last batch
+	if at = max(q.due, q.notBefore); q.left || at == 0 {
+		at = max(m.now, q.notBefore)
 	}
 	if h := m.hosts[q.name]; h != nil {
 		if h.Failures > 0 && !h.reachable {

@@ -14,8 +14,13 @@ import (
 type outboxRig struct {
 	*rig
 	pending map[matrix.ServerName]*Backlog
-	frozen  map[matrix.ServerName]string
+	frozen  map[matrix.ServerName]*frozenTxn
 	most    int32 // PDUs in a transaction, 0: all
+}
+
+type frozenTxn struct {
+	id    string
+	items [matrix.NumKinds + 1]int32
 }
 
 // newOutboxRig answers the homeserver at once, unless change says otherwise.
@@ -28,7 +33,7 @@ func newOutboxRig(t *testing.T, change func(*Config)) *outboxRig {
 			change(c)
 		}
 	})
-	o := &outboxRig{rig: r, pending: map[matrix.ServerName]*Backlog{}, frozen: map[matrix.ServerName]string{}}
+	o := &outboxRig{rig: r, pending: map[matrix.ServerName]*Backlog{}, frozen: map[matrix.ServerName]*frozenTxn{}}
 	o.now = o.now.Add(time.Hour) // so that a test can speak of what came before
 	return o
 }
@@ -92,18 +97,24 @@ func (r *outboxRig) packs() Send {
 	r.t.Helper()
 	p := only[Pack](r, "want one Pack")
 	b := r.backlog(p.Dest)
-	id, again := r.frozen[p.Dest]
+	f, again := r.frozen[p.Dest]
 	if !again {
-		id = p.TxnID
-		r.frozen[p.Dest] = id
+		f = &frozenTxn{p.TxnID, b.Items}
+		if r.most > 0 {
+			f.items[kPDU] = min(f.items[kPDU], r.most)
+		}
+		r.frozen[p.Dest] = f
 	}
 	b.Frozen = true
-	ev := Packed{Batch: p.Batch, OK: true, Txn: TxnInfo{ID: id, Again: again, PDUs: b.Items[matrix.KindPDU], Bytes: b.Bytes, Oldest: b.Oldest}, Backlog: *b}
-	ev.Txn.EDUs = int32(b.Total()) - ev.Txn.PDUs
-	if r.most > 0 {
-		ev.Txn.PDUs = min(ev.Txn.PDUs, r.most)
+	txn := TxnInfo{ID: f.id, Again: again, Bytes: b.Bytes, Oldest: b.Oldest}
+	for k, n := range f.items {
+		if matrix.Kind(k) == kPDU {
+			txn.PDUs += n
+		} else {
+			txn.EDUs += n
+		}
 	}
-	r.step(ev)
+	r.step(Packed{Batch: p.Batch, OK: true, Txn: txn, Backlog: *b})
 	return r.sent()
 }
 
@@ -125,16 +136,13 @@ func (r *outboxRig) settles() Settle {
 	r.t.Helper()
 	s := only[Settle](r, "want one Settle")
 	b := r.backlog(s.Dest)
-	r.one("the outcome is that of what is frozen", r.frozen[s.Dest] == s.TxnID)
+	f := r.frozen[s.Dest]
+	r.one("the outcome is that of what is frozen", f != nil && f.id == s.TxnID)
 	ev := Settled{Batch: s.Batch, OK: true}
 	switch s.Outcome {
 	case Delivered:
-		for k := range b.Items {
-			n := b.Items[k]
-			if k == int(matrix.KindPDU) && r.most > 0 {
-				n = min(n, r.most)
-			}
-			ev.Delivered[k] = n
+		ev.Delivered = f.items
+		for k, n := range f.items {
 			b.Items[k] -= n
 		}
 	case Bisect:
@@ -260,4 +268,34 @@ func TestStatusOfAFailingDestinationInLine(t *testing.T) {
 	if s := r.status("dead.test"); s.State != "queued" || s.NextTry != 0 || !strings.Contains(s.Why, "destinations are before it") {
 		t.Errorf("in line it is %s: %s, next try %d", s.State, s.Why, s.NextTry)
 	}
+}
+
+// What a full transaction left over has waited long enough: what comes meanwhile
+// must not make it wait for more.
+func TestWhatIsLeftOverDoesNotWaitForCompany(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.most = 50
+	var kinds []matrix.Kind
+	for range 120 {
+		kinds = append(kinds, kPDU)
+	}
+	r.take("h.test", kinds...)
+	s := r.packs()
+	r.take("h.test", kPresence)
+	r.ends(s, 200)
+	r.settles()
+	s = r.packs()
+	r.take("h.test", kPresence)
+	r.step(Connected{s.Op})
+	r.breaks(s, matrix.FailReset, true)
+	if waited := r.passTo(time.Minute); !nearly(waited, 5*time.Second) {
+		t.Errorf("what was tried already is tried again after %s, want about 5 s", waited)
+	}
+	r.ends(r.packs(), 200)
+	r.settles()
+	r.ends(r.packs(), 200)
+	r.settles()
+	r.one("20 PDUs and presence were the last", r.backlog("h.test").Total() == 0)
+	r.take("h.test", kPresence)
+	r.one("what comes then waits", len(of[Pack](r.last)) == 0 && r.passTo(time.Minute) == r.m.cfg.Outbox.PresenceWindow)
 }
