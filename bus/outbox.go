@@ -19,7 +19,8 @@ type outbox struct {
 	acks   []ReqID // scratch
 
 	// active are the queues that have a call. Those that want one and find no
-	// place stand in lines, by class.
+	// place stand in lines, by class; one that gets something better stands in a
+	// better line, too.
 	active sched.Gauge
 	lines  [matrix.NumClasses + 1]sched.FIFO[*queue]
 
@@ -62,7 +63,8 @@ type queue struct {
 	packed    int64      // how many items were pending when the last batch was packed
 	notBefore sched.Time // the queue's own back-off, or its place after a start
 	timer     *sched.Timer[timer]
-	listed    bool // stands in a line
+	listed    bool   // stands in line
+	inLines   uint16 // a bit for each line that has an entry for it, perhaps one that is out of date
 
 	failures  int32 // deliveries in a row that did not go well
 	refusals  int32 // definite ones in a row, with the same status
@@ -289,8 +291,9 @@ func (m *Machine) activate(q *queue) {
 	o := &m.outbox
 	class := q.class()
 	if o.active.Free() == 0 {
-		if !q.listed {
-			q.listed = true
+		q.listed = true
+		if q.inLines&(1<<class) == 0 {
+			q.inLines |= 1 << class
 			o.lines[class].Push(q)
 		}
 		return
@@ -347,8 +350,9 @@ func (m *Machine) admit() {
 			if !ok {
 				break
 			}
-			next.listed = false
-			if o.queues[next.name] == next {
+			next.inLines &^= 1 << class
+			if next.listed && o.queues[next.name] == next {
+				next.listed = false
 				m.plan(next)
 			}
 		}

@@ -2,6 +2,7 @@ package bus
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -298,4 +299,37 @@ func TestWhatIsLeftOverDoesNotWaitForCompany(t *testing.T) {
 	r.one("20 PDUs and presence were the last", r.backlog("h.test").Total() == 0)
 	r.take("h.test", kPresence)
 	r.one("what comes then waits", len(of[Pack](r.last)) == 0 && r.passTo(time.Minute) == r.m.cfg.Outbox.PresenceWindow)
+}
+
+// Who stands in line with presence and gets an event stands before all who have
+// none.
+func TestBetterClassMovesUpInTheLine(t *testing.T) {
+	r := newOutboxRig(t, func(c *Config) {
+		crowded(c)
+		c.Outbox.PresenceWindow = 0
+	})
+	r.fillPlaces()
+	r.take("a.test", kPresence)
+	r.take("b.test", kPresence)
+	r.take("c.test", kToDevice)
+	r.take("b.test", kPDU)
+	var order []matrix.ServerName
+	for range 3 {
+		for _, p := range of[Pack](r.all) {
+			if c := r.m.outbox.packs[p.Batch]; c != nil && len(order) < 3 {
+				r.last = []Effect{p}
+				r.ends(r.packs(), 200)
+				r.settles()
+				for _, name := range []matrix.ServerName{"a.test", "b.test", "c.test"} {
+					if q := r.m.outbox.queues[name]; q != nil && q.call != nil && !slices.Contains(order, name) {
+						order = append(order, name)
+					}
+				}
+				break
+			}
+		}
+	}
+	if want := []matrix.ServerName{"b.test", "c.test", "a.test"}; !slices.Equal(order, want) {
+		t.Errorf("they are admitted in the order %v, want %v", order, want)
+	}
 }
