@@ -31,6 +31,7 @@ type host struct {
 	soft        int32      // gateway errors and unanswered requests in a row
 	reachable   bool       // a handshake succeeded since the last failure
 	suspect     bool       // the last attempt took too long to connect
+	former      *queue     // of the outbox: nothing is pending, but it has failed
 
 	queue   [matrix.NumClasses + 1]sched.FIFO[*call] // may hold dropped calls
 	waiting [matrix.NumClasses + 1]int32             // live ones in queue

@@ -193,8 +193,7 @@ func (m *Machine) backlog(dest matrix.ServerName, b Backlog, came [matrix.NumKin
 		if b.Total() == 0 && !b.Held {
 			return
 		}
-		q = &queue{name: dest}
-		o.queues[dest] = q
+		q = m.newQueue(dest)
 	}
 	q.Backlog = b
 	if window, any := m.window(came); any {
@@ -203,6 +202,27 @@ func (m *Machine) backlog(dest matrix.ServerName, b Backlog, came [matrix.NumKin
 		}
 	}
 	m.plan(q)
+}
+
+// newQueue returns the queue of a destination of which nothing was pending.
+func (m *Machine) newQueue(dest matrix.ServerName) *queue {
+	q := &queue{name: dest}
+	if h := m.hosts[dest]; h != nil && h.former != nil {
+		q, h.former = h.former, nil
+		q.due, q.left = 0, false
+	}
+	m.outbox.queues[dest] = q
+	return q
+}
+
+// endQueue forgets a queue of which nothing is pending, but not that it has
+// failed, as long as its host is known: whoever refuses what expires meanwhile
+// would else be tried as if for the first time.
+func (m *Machine) endQueue(q *queue) {
+	delete(m.outbox.queues, q.name)
+	if h := m.hosts[q.name]; h != nil && (q.failures > 0 || q.barren) {
+		h.former = q
+	}
 }
 
 // window is how long what came may wait for company.
@@ -254,7 +274,7 @@ func (m *Machine) plan(q *queue) {
 		m.timers.Stop(q.timer)
 		q.timer = nil
 		if q.Total() == 0 && !q.Held {
-			delete(m.outbox.queues, q.name)
+			m.endQueue(q)
 		}
 	case at > m.now:
 		if q.timer == nil || q.timer.At != at {

@@ -15,13 +15,29 @@ import (
 type outboxRig struct {
 	*rig
 	pending map[matrix.ServerName]*Backlog
-	frozen  map[matrix.ServerName]*frozenTxn
-	most    int32 // PDUs in a transaction, 0: all
+	frozen  map[matrix.ServerName][]*frozenTxn // one, or the parts of one
+	most    int32                              // PDUs in a transaction, 0: all
 }
 
 type frozenTxn struct {
-	id    string
+	id    string // "": not packed yet
 	items [matrix.NumKinds + 1]int32
+}
+
+// halve divides what was refused; one of a single item is empty.
+func (f *frozenTxn) halve() (parts []*frozenTxn) {
+	all := Backlog{Items: f.items}
+	first, second := new(frozenTxn), new(frozenTxn)
+	half := int32(all.Total() / 2)
+	for k, n := range f.items {
+		first.items[k] = min(n, half)
+		second.items[k] = n - first.items[k]
+		half -= first.items[k]
+	}
+	if all.Total() == 1 {
+		return nil
+	}
+	return []*frozenTxn{first, second}
 }
 
 // newOutboxRig answers the homeserver at once, unless change says otherwise.
@@ -34,7 +50,7 @@ func newOutboxRig(t *testing.T, change func(*Config)) *outboxRig {
 			change(c)
 		}
 	})
-	o := &outboxRig{rig: r, pending: map[matrix.ServerName]*Backlog{}, frozen: map[matrix.ServerName]*frozenTxn{}}
+	o := &outboxRig{rig: r, pending: map[matrix.ServerName]*Backlog{}, frozen: map[matrix.ServerName][]*frozenTxn{}}
 	o.now = o.now.Add(time.Hour) // so that a test can speak of what came before
 	return o
 }
@@ -98,13 +114,17 @@ func (r *outboxRig) packs() Send {
 	r.t.Helper()
 	p := only[Pack](r, "want one Pack")
 	b := r.backlog(p.Dest)
-	f, again := r.frozen[p.Dest]
-	if !again {
-		f = &frozenTxn{p.TxnID, b.Items}
+	if r.frozen[p.Dest] == nil {
+		f := &frozenTxn{items: b.Items}
 		if r.most > 0 {
 			f.items[kPDU] = min(f.items[kPDU], r.most)
 		}
-		r.frozen[p.Dest] = f
+		r.frozen[p.Dest] = []*frozenTxn{f}
+	}
+	f := r.frozen[p.Dest][0]
+	again := f.id != ""
+	if !again {
+		f.id = p.TxnID
 	}
 	b.Frozen = true
 	txn := TxnInfo{ID: f.id, Again: again, Bytes: b.Bytes, Oldest: b.Oldest}
@@ -137,23 +157,32 @@ func (r *outboxRig) settles() Settle {
 	r.t.Helper()
 	s := only[Settle](r, "want one Settle")
 	b := r.backlog(s.Dest)
-	f := r.frozen[s.Dest]
-	r.one("the outcome is that of what is frozen", f != nil && f.id == s.TxnID)
+	parts := r.frozen[s.Dest]
+	r.one("the outcome is that of what is frozen", len(parts) > 0 && parts[0].id == s.TxnID)
 	ev := Settled{Batch: s.Batch, OK: true}
+	f := parts[0]
+	parts = parts[1:]
 	switch s.Outcome {
 	case Delivered:
 		ev.Delivered = f.items
-		for k, n := range f.items {
-			b.Items[k] -= n
-		}
 	case Bisect:
-		if b.Total() == 1 {
+		if halves := f.halve(); halves != nil {
+			parts = append(halves, parts...)
+			f = new(frozenTxn)
+		} else {
 			ev.SetAside = 1
-			*b = Backlog{}
 		}
+	case Thaw:
+		f = new(frozenTxn)
 	}
-	delete(r.frozen, s.Dest)
-	b.Frozen = false
+	for k, n := range f.items {
+		b.Items[k] -= n
+	}
+	r.frozen[s.Dest] = parts
+	if len(parts) == 0 {
+		delete(r.frozen, s.Dest)
+	}
+	b.Frozen = len(parts) > 0
 	ev.Backlog = *r.backlog(s.Dest)
 	r.step(ev)
 	return s
