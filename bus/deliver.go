@@ -149,10 +149,17 @@ func (m *Machine) settled(ev Settled) {
 		q.left = q.packed > 0
 		q.failures, q.refusals, q.status, q.lastError, q.notBefore = 0, 0, 0, "", 0
 		q.barren = false
+		q.takes = ev.Backlog.Frozen
 	case Bisect:
 		q.refusals = 0
-		q.barren = q.barren || ev.SetAside > 0
+		if ev.SetAside > 0 {
+			q.barren = q.barren || !q.takes
+			q.takes = false // that would set aside one after the other in an outage
+			break
+		}
+		q.failures = 0 // dividing costs nothing, so the halves need not wait for long
 	}
+	q.takes = q.takes && ev.Backlog.Frozen
 	m.rest(q)
 }
 
@@ -201,8 +208,11 @@ func (m *Machine) answeredBadly(q *queue, c *call) (bisect bool) {
 		}
 		q.refusals++
 		limit := int32(refusalsToBisect)
-		if q.barren {
+		switch alone := c.txn.PDUs+c.txn.EDUs == 1; {
+		case q.barren:
 			limit = refusalsWhenNothingWorks
+		case alone && !q.takes:
+			limit = refusalsAlone
 		}
 		bisect = q.refusals >= limit
 	}

@@ -73,8 +73,10 @@
 //   - Anything else: it stays as it is, under its id, and is tried again after a
 //     back-off: the host's when it could not be reached, else the queue's own.
 //   - The same definite refusal again and again: its items are divided, until the
-//     one that is refused stands alone and is set aside. A destination that takes
-//     nothing at all is given a day for each.
+//     one that is refused stands alone and is set aside. That is soon if the
+//     destination has taken some of the others. If it has taken nothing, the first
+//     is given an hour and a half, as that is more likely an outage, and each after
+//     that a day.
 //
 // After an hour of failing only the newest events of each room stay (Compact).
 //

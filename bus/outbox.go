@@ -69,6 +69,7 @@ type queue struct {
 	failures  int32 // deliveries in a row that did not go well
 	refusals  int32 // definite ones in a row, with the same status
 	status    int   // of the last answer, 0 when there was none
+	takes     bool  // has taken some of the batch of which it refuses others
 	barren    bool  // has taken nothing since an item was set aside
 	lastError string
 	lastTry   sched.Time

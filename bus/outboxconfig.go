@@ -77,6 +77,10 @@ const (
 	// refusalsToBisect is how many definite refusals of one batch in a row show
 	// that it is the batch.
 	refusalsToBisect = 3
+	// refusalsAlone is the same for a single item, which is set aside then, as long
+	// as nothing was taken of what it was refused with: a server whose database is
+	// away answers 500, too. With refusedBackoff it is an hour at the very least.
+	refusalsAlone = 8
 	// refusalsWhenNothingWorks is the same for a destination that has taken
 	// nothing since the last item was set aside: it is more likely broken than
 	// all that is sent to it. At the longest back-off that is a day.
