@@ -134,7 +134,7 @@ func (w *World) takes(h *remote, p *packed) {
 	if h.taken[p.id] {
 		return
 	}
-	h.taken[p.id] = true
+	h.taken[p.id], h.badSince = true, 0
 	keys := map[string]bool{}
 	for _, it := range p.items {
 		if it.to != h {
@@ -183,7 +183,11 @@ func (w *World) ends(e bus.Settle) *diskDest {
 	case e.Outcome == bus.Bisect && (h.refused[e.TxnID] < 3 || e.Reason == ""):
 		w.failf("transaction %s is bisected after %d refusals by %s, for %q", e.TxnID, h.refused[e.TxnID], e.Dest, e.Reason)
 	}
-	return w.out.disk.dests[h.index]
+	dd := w.out.disk.dests[h.index]
+	if e.Outcome == bus.Bisect && len(dd.parts) > 0 && len(dd.parts[0].items) == 1 && !dd.parts[0].items[0].poison && w.now.Sub(h.badSince) < time.Hour {
+		w.failf("item %d is set aside since %s refuses everything, for %s only", dd.parts[0].items[0].n, e.Dest, w.now.Sub(h.badSince))
+	}
+	return dd
 }
 
 func (w *World) trims(e bus.Compact) *diskDest {

@@ -63,7 +63,8 @@ type txState struct {
 	taken    map[string]bool
 	events   map[int]int64 // the newest of each room
 	versions map[string]int64
-	everBad  bool // has refused everything for some time
+	everBad  bool       // has refused everything for some time
+	badSince sched.Time // when it refused first since it took something; 0: it has not
 }
 
 func (w *World) drawOutbox() {
@@ -531,7 +532,9 @@ func (w *World) handles(a *attempt, does behaviour) {
 		// It answers as the first time.
 	case does == broken, slices.ContainsFunc(p.items, func(it *item) bool { return it.poison }):
 		status = 500
-		h.refused[p.id]++
+		if h.refused[p.id]++; h.badSince == 0 {
+			h.badSince = w.now
+		}
 	default:
 		w.takes(h, p)
 	}
