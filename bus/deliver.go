@@ -50,7 +50,7 @@ func (m *Machine) packed(ev Packed) {
 		m.leave(q)
 		if !ev.OK {
 			m.stats.CommitsFailed++
-			q.notBefore = m.now.Add(storePause)
+			q.notBefore, q.waits = m.now.Add(storePause), waitsStore
 		} else {
 			q.due, q.left = 0, false
 		}
@@ -134,7 +134,7 @@ func (m *Machine) settled(ev Settled) {
 	if !ev.OK {
 		// It will be packed again, with the same id, and refused or taken again.
 		m.stats.CommitsFailed++
-		q.notBefore = max(q.notBefore, m.now.Add(storePause))
+		q.notBefore, q.waits = max(q.notBefore, m.now.Add(storePause)), waitsStore
 		m.plan(q)
 		return
 	}
@@ -174,6 +174,10 @@ func (m *Machine) broken(q *queue, c *call, ev Done) {
 	}
 	q.failures++
 	q.refusals = 0
+	q.waits = waitsBroken
+	if ev.Failure == matrix.FailContent || ev.Failure == matrix.FailLocal {
+		q.waits = waitsFirm
+	}
 	switch {
 	case ev.Failure == matrix.FailContent:
 		q.notBefore = m.now.Add(strangeBackoff.Delay(q.failures, m.rng))
@@ -190,6 +194,7 @@ func (m *Machine) answeredBadly(q *queue, c *call) (bisect bool) {
 	same := q.lastError
 	q.lastError = failureText(matrix.FailNone, q.status)
 	q.failures++
+	q.waits = waitsFirm
 	backoff := refusedBackoff
 	switch s := q.status; {
 	case s == 429:

@@ -144,3 +144,44 @@ func TestRefusedItemIsFoundQuicklyAmongOthers(t *testing.T) {
 		t.Errorf("set aside %d, delivered %d, divided %d; want 2, 2, 5", s.SetAside, s.ItemsOut[kPDU], s.Bisected)
 	}
 }
+
+// What answers under the name of a server need not be one; that it answers says
+// nothing.
+func TestBackOffIsLiftedOnlyByWhatItIsFor(t *testing.T) {
+	for _, tt := range []struct {
+		what  string
+		end   func(r *outboxRig, s Send)
+		lifts bool
+	}{
+		{"a broken connection", func(r *outboxRig, s Send) { r.breaks(s, matrix.FailReset, true) }, true},
+		{"an answer that is not a Matrix server's", func(r *outboxRig, s Send) {
+			r.step(Answered{Op: s.Op, Status: 200})
+			r.breaks(s, matrix.FailContent, true)
+		}, false},
+		{"a refusal", func(r *outboxRig, s Send) { r.ends(s, 500) }, false},
+		{"a failure of the store", func(r *outboxRig, s Send) {
+			r.ends(s, 200)
+			r.step(Settled{Batch: only[Settle](r, "want one Settle").Batch})
+		}, false},
+	} {
+		r := newOutboxRig(t, nil)
+		r.take("h.test", kPDU)
+		s := r.packs()
+		r.step(Connected{s.Op})
+		tt.end(r, s)
+		r.profile("h.test", 1)
+		r.answer(r.sent().Op, 200)
+		begun := 0
+		for _, p := range of[Pack](r.all) {
+			if p.Dest == "h.test" {
+				begun++
+			}
+		}
+		if lifted := begun == 2; lifted != tt.lifts {
+			t.Errorf("%s: tried again as soon as a lookup is answered: %t, want %t", tt.what, lifted, tt.lifts)
+		}
+		if again := len(of[Pack](r.all)); !tt.lifts && (r.passTo(time.Hour) == time.Hour || len(of[Pack](r.all)) == again) {
+			t.Errorf("%s: never tried again", tt.what)
+		}
+	}
+}

@@ -62,6 +62,7 @@ type queue struct {
 	left      bool       // something is pending that has waited long enough for company
 	packed    int64      // how many items were pending when the last batch was packed
 	notBefore sched.Time // the queue's own back-off, or its place after a start
+	waits     waits      // what notBefore is for
 	timer     *sched.Timer[timer]
 	listed    bool   // stands in line
 	inLines   uint16 // a bit for each line that has an entry for it, perhaps one that is out of date
@@ -76,6 +77,16 @@ type queue struct {
 	compacted sched.Time
 	fullAt    sched.Time // when something was refused because it has too much
 }
+
+// waits says why a queue waits for its notBefore.
+type waits uint8
+
+const (
+	waitsStart  waits = iota // destinations are begun with one after the other
+	waitsBroken              // the last delivery broke; the destination may be back at any moment
+	waitsFirm                // for what it answered, or for a fault of ours
+	waitsStore               // the store could not write
+)
 
 func (o *outbox) init(rng uint64) {
 	o.queues = make(map[matrix.ServerName]*queue)
@@ -389,7 +400,7 @@ func (m *Machine) wake(h *host) {
 	if q == nil || q.call != nil || q.busy {
 		return
 	}
-	if q.status == 0 {
+	if q.waits == waitsStart || q.waits == waitsBroken {
 		q.notBefore = 0
 	}
 	m.plan(q)
