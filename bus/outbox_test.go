@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"fsbus/bus/matrix"
+	"fsbus/sched"
 )
 
 // outboxRig is a rig with an outbox, of which it also plays the store: it knows
@@ -188,14 +189,16 @@ func (r *outboxRig) settles() Settle {
 	return s
 }
 
-// commits has all that was to be written written.
+// commits has all that was to be written written; what follows counts as one step.
 func (r *outboxRig) commits() {
 	r.t.Helper()
+	var effects []Effect
 	for id := BatchID(1); id <= r.m.nextBatch; id++ {
 		if _, under := r.m.commits[id]; under {
-			r.step(Committed{Batch: id, OK: true})
+			effects = append(effects, r.step(Committed{Batch: id, OK: true})...)
 		}
 	}
+	r.last = effects
 }
 
 // passTo lets time go by until a Pack or Commit is wanted, and returns how long
@@ -360,5 +363,432 @@ func TestBetterClassMovesUpInTheLine(t *testing.T) {
 	}
 	if want := []matrix.ServerName{"b.test", "c.test", "a.test"}; !slices.Equal(order, want) {
 		t.Errorf("they are admitted in the order %v, want %v", order, want)
+	}
+}
+
+func TestWindows(t *testing.T) {
+	for _, tt := range []struct {
+		what  string
+		kinds []matrix.Kind
+		wait  time.Duration
+	}{
+		{"an event goes at once", []matrix.Kind{kPDU}, 0},
+		{"to-device messages go at once", []matrix.Kind{kToDevice}, 0},
+		{"and take presence along", []matrix.Kind{kPresence, kToDevice}, 0},
+		{"typing waits for a moment, and takes presence along", []matrix.Kind{kPresence, kTyping}, 300 * time.Millisecond},
+		{"a receipt waits", []matrix.Kind{kReceipt}, time.Second},
+		{"presence waits longest", []matrix.Kind{kPresence}, 10 * time.Second},
+	} {
+		r := newOutboxRig(t, nil)
+		r.take("h.test", tt.kinds...)
+		waited := time.Duration(0)
+		if len(of[Pack](r.last)) == 0 {
+			waited = r.passTo(time.Minute)
+		}
+		if waited != tt.wait {
+			t.Errorf("%s: packed after %s, want %s", tt.what, waited, tt.wait)
+		}
+		r.ends(r.packs(), 200)
+		r.settles()
+		r.one("all is gone", r.backlog("h.test").Total() == 0 && len(r.m.outbox.queues) == 0)
+	}
+}
+
+func TestWindowIsThatOfTheMostUrgent(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("h.test", kPresence)
+	r.pass(9 * time.Second)
+	r.take("h.test", kTyping)
+	r.one("typing has its own window", r.passTo(time.Minute) == 300*time.Millisecond)
+	s := r.packs()
+	r.take("h.test", kPresence)
+	r.pass(time.Second)
+	r.take("h.test", kPresence)
+	r.ends(s, 200)
+	r.settles()
+	r.one("what came first is not put off by what comes later", r.passTo(time.Minute) == 9*time.Second)
+	r.packs()
+	r.one("in one class with others of its kind", r.sent().Class == matrix.ClassPresence)
+}
+
+// A homeserver must be told of what the outbox does not take over, with what it
+// tries again later.
+func TestWhatIsNotStoredIsRefused(t *testing.T) {
+	for fault, want := range map[AcceptFault]string{AcceptedFull: "holds as much for h.test as it may: 3 items", AcceptedNot: "could not store"} {
+		r := newOutboxRig(t, nil)
+		req := r.offer("h.test")
+		r.step(Accepted{Req: req, Fault: fault, Detail: "3 items"})
+		e := only[Refuse](r, "it is refused")
+		if e.Req != req || e.Status != 503 || !strings.Contains(e.Text, want) || len(of[Free](r.last)) != 1 || len(of[Acknowledge](r.all)) != 0 {
+			t.Errorf("fault %d: %+v", fault, r.last)
+		}
+		req = r.offer("h.test")
+		r.step(Gone{req})
+		r.step(Accepted{Req: req, Fault: fault})
+		r.one("nobody is told who has gone", len(of[Refuse](r.last)) == 0 && len(of[Free](r.last)) == 1)
+		if s, _ := r.m.Outbox(r.now); s.Stats.Full+s.Stats.NotStored != 2 || s.Offers != 0 {
+			t.Errorf("fault %d: full %d, not stored %d, offers %d", fault, s.Stats.Full, s.Stats.NotStored, s.Offers)
+		}
+	}
+}
+
+func TestFullDestinationIsShown(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("h.test", kPresence)
+	r.step(Accepted{Req: r.offer("h.test"), Fault: AcceptedFull})
+	full := func() int { s, _ := r.m.Outbox(r.now); return s.Full }
+	r.one("it is", full() == 1)
+	r.now = r.now.Add(fullFor)
+	r.one("for a while", full() == 0)
+}
+
+func TestRepeatedTransactionIsAnswered(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	first := r.offer("h.test")
+	r.step(Gone{first})
+	r.stores(first, "h.test", kPDU)
+	r.one("what was given up is delivered, but not answered", len(of[Acknowledge](r.last)) == 0 && len(of[Pack](r.last)) == 1)
+	r.packs()
+	again := r.offer("h.test")
+	r.step(Accepted{Req: again, Repeated: true, Kinds: [matrix.NumKinds + 1]int32{kPDU: 1}, Backlog: *r.backlog("h.test")})
+	r.one("the repetition is answered", only[Acknowledge](r, "want an answer").Req == again)
+	if s := r.m.outbox.stats; s.Accepted != 1 || s.Repeated != 1 || s.ItemsIn[kPDU] != 1 {
+		t.Errorf("accepted %d, repeated %d, items %d; want 1 of each", s.Accepted, s.Repeated, s.ItemsIn[kPDU])
+	}
+}
+
+func TestNoAnswerBeforeTheStoreHasIt(t *testing.T) {
+	r := newOutboxRig(t, func(c *Config) { c.Outbox.Pace.Ack, c.Outbox.Pace.Hold = 1, 5*time.Second })
+	req := r.offer("h.test")
+	r.pass(time.Minute)
+	r.one("however long that takes", len(of[Acknowledge](r.all)) == 0)
+	r.stores(req, "h.test", kPresence)
+	r.one("its body is let go of", len(of[Free](r.last)) == 1)
+	for i := range 20 { // one a second, so that the pace has a say
+		r.take(matrix.ServerName(fmt.Sprintf("h%d.test", i)), kPresence)
+	}
+	r.pass(5 * time.Second)
+	if n := len(of[Acknowledge](r.all)); n != 21 {
+		t.Errorf("%d of 21 are answered within the hold", n)
+	}
+	r.one("no body is kept", len(of[Free](r.all)) == 21)
+}
+
+func TestTransactionsBeyondTheBoundAreRefused(t *testing.T) {
+	r := newOutboxRig(t, func(c *Config) { c.MaxRequests = 3; c.MaxHosts = 1000 })
+	r.profile("h.test", 1)
+	r.offer("a.test")
+	r.offer("b.test")
+	r.req++
+	r.step(Offered{Req: r.req, Dest: "c.test", Class: matrix.ClassEvent})
+	e := only[Refuse](r, "the fourth is refused")
+	r.one("with what is tried again, and let go of", e.Status == 503 && len(of[Free](r.last)) == 1 && len(of[Accept](r.last)) == 0)
+}
+
+func TestDrainGivesAllAnswersInTime(t *testing.T) {
+	r := newOutboxRig(t, func(c *Config) { c.Outbox.Pace.Ack, c.Outbox.Pace.Hold = 1, 20*time.Second })
+	for i := range 50 {
+		r.take(matrix.ServerName(fmt.Sprintf("h%d.test", i)), kPresence)
+	}
+	late := r.offer("late.test")
+	given := len(of[Acknowledge](r.all))
+	r.one("most are held", given < 5)
+	r.step(Draining{By: r.now.Add(3 * time.Second)})
+	r.pass(1500 * time.Millisecond)
+	if n := len(of[Acknowledge](r.all)) - given; n < 15 || n > 35 {
+		t.Errorf("%d of 50 answers are given in half the time, want about half", n)
+	}
+	r.pass(1500 * time.Millisecond)
+	r.one("all are by then", len(of[Acknowledge](r.all)) == 50)
+	r.one("one is with the store", len(of[Drained](r.all)) == 0)
+	r.pass(time.Second)
+	r.stores(late, "late.test", kPDU)
+	r.one("it is answered at once, and that was the last", only[Acknowledge](r, "want an answer").Req == late && len(of[Drained](r.last)) == 1)
+	r.one("no delivery begins", len(of[Pack](r.all)) == 0)
+}
+
+func TestDrainWaitsForWhatIsUnderWay(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("a.test", kPDU)
+	r.take("b.test", kPDU)
+	packing := of[Pack](r.all)
+	r.last = []Effect{packing[0]}
+	s := r.packs()
+	r.step(Draining{By: r.now})
+	r.last = []Effect{packing[1]}
+	other := r.packs()
+	r.breaks(other, matrix.FailRefused, false)
+	r.settles()
+	r.commits()
+	r.one("a delivery is under way", len(of[Drained](r.all)) == 0)
+	r.ends(s, 200)
+	r.one("its outcome is to be noted", len(of[Drained](r.all)) == 0)
+	r.settles()
+	r.commits()
+	r.one("then it is over", len(of[Drained](r.all)) == 1)
+	r.pass(time.Hour)
+	r.one("and nothing follows", len(of[Pack](r.all)) == 2)
+}
+
+func TestQueuesAreBegunWithOneAfterTheOtherAfterAStart(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	var records []QueueRecord
+	for i := range 500 {
+		b := Backlog{Oldest: r.now.Add(-time.Hour)}
+		b.Items[kPDU] = 1
+		records = append(records, QueueRecord{matrix.ServerName(fmt.Sprintf("h%d.test", i)), b})
+	}
+	records[7].Backlog.Held = true
+	r.step(Restored{Queues: records})
+	r.one("hardly any begins at once", len(of[Pack](r.last)) < 5)
+	answered := 0
+	half := func() (begun int) {
+		for range 250 {
+			r.pass(spreadEach)
+			for ; answered < len(of[Pack](r.all)); answered++ { // so that workers are free
+				r.step(Packed{Batch: of[Pack](r.all)[answered].Batch, OK: true})
+			}
+		}
+		return answered
+	}
+	if n := half(); n < 200 || n > 300 {
+		t.Errorf("%d of 500 begin in the first half of the time", n)
+	}
+	half()
+	seen := map[matrix.ServerName]bool{}
+	for _, p := range of[Pack](r.all) {
+		seen[p.Dest] = true
+	}
+	r.one("all but the one that is held have begun by its end", len(seen) == 499 && !seen["h7.test"])
+}
+
+func TestNothingIsDeliveredWhileSuspended(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("running.test", kPDU)
+	running := r.packs()
+	r.take("waiting.test", kPresence)
+	r.step(Suspended{"the admin wants it"})
+	r.take("new.test", kPDU)
+	r.ends(running, 200)
+	r.settles()
+	r.pass(time.Hour)
+	r.one("what was under way ends, nothing begins", len(of[Pack](r.all)) == 1)
+	s := r.status("new.test")
+	r.one("the status says why", s.State == "waiting" && strings.Contains(s.Why, "the admin wants it"))
+	snap, _ := r.m.Outbox(r.now)
+	r.one("the summary, too", snap.Suspended == "the admin wants it")
+	r.step(Suspended{})
+	r.one("all go on", len(of[Pack](r.last)) == 2)
+}
+
+func TestSuspendedWhileItWaitsForAWorker(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.works("h.test")
+	for i := range 3 {
+		r.profile("h.test", i) // all the places that it has for events
+	}
+	r.get("h.test", "GET", "/_matrix/federation/v1/event/e")
+	busy := of[Send](r.all)[1:]
+	r.take("h.test", kPDU)
+	r.one("it waits for its host", r.status("h.test").State == "queued")
+	r.step(Suspended{"for a test"})
+	for _, s := range busy {
+		r.answer(s.Op, 200)
+	}
+	r.one("it does not begin", len(of[Pack](r.all)) == 0 && r.m.outbox.queues["h.test"].call == nil)
+	r.step(Suspended{})
+	r.one("it does later", len(of[Pack](r.last)) == 1)
+}
+
+func TestHeldDestination(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("h.test", kPresence)
+	b := *r.backlog("h.test")
+	b.Held = true
+	r.step(Adjusted{Dest: "h.test", Backlog: b})
+	r.pass(time.Hour)
+	s := r.status("h.test")
+	r.one("nothing is sent", len(of[Pack](r.all)) == 0 && s.State == "held" && s.Why == "an admin holds it")
+	b.Items[kPDU]++
+	req := r.offer("h.test")
+	r.step(Accepted{Req: req, Kinds: [matrix.NumKinds + 1]int32{kPDU: 1}, Backlog: b})
+	r.one("but taken over", len(of[Acknowledge](r.last)) == 1 && len(of[Pack](r.last)) == 0)
+	b.Held = false
+	r.step(Adjusted{Dest: "h.test", Backlog: b})
+	r.one("until it is let go", len(of[Pack](r.last)) == 1)
+
+	r.step(Adjusted{Dest: "empty.test", Backlog: Backlog{Held: true}})
+	r.one("one of which nothing is pending is held, too", r.status("empty.test").State == "held")
+	r.step(Adjusted{Dest: "empty.test"})
+	_, known := r.m.QueueStatus(r.now, "empty.test")
+	r.one("and forgotten when it is let go", !known)
+}
+
+func TestHeldWhileItWaitsInLine(t *testing.T) {
+	r := newOutboxRig(t, crowded)
+	r.fillPlaces()
+	r.take("h.test", kPDU)
+	b := *r.backlog("h.test")
+	b.Held = true
+	r.step(Adjusted{Dest: "h.test", Backlog: b})
+	for _, p := range of[Pack](r.all) {
+		r.last = []Effect{p}
+		r.ends(r.packs(), 200)
+		r.settles()
+	}
+	for _, p := range of[Pack](r.all) {
+		r.one("it has no turn", p.Dest != "h.test")
+	}
+}
+
+// Held while its delivery waits for a worker, it must not keep a place that
+// others could use.
+func TestHeldDestinationLeavesItsPlace(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.works("h.test")
+	for i := range 3 {
+		r.profile("h.test", i)
+	}
+	r.get("h.test", "GET", "/_matrix/federation/v1/event/e")
+	r.take("h.test", kPDU)
+	b := *r.backlog("h.test")
+	b.Held = true
+	r.one("it has one", r.m.outbox.active.Used == 1)
+	r.step(Adjusted{Dest: "h.test", Backlog: b})
+	r.one("it has left it", r.m.outbox.active.Used == 0)
+}
+
+func TestFlushTriesAtOnce(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("h.test", kPresence)
+	r.step(Adjusted{Dest: "h.test", Backlog: *r.backlog("h.test"), Flush: true})
+	r.one("without its window", len(of[Pack](r.last)) == 1)
+	r.ends(r.packs(), 401)
+	r.step(Adjusted{Dest: "h.test", Backlog: *r.backlog("h.test"), Flush: true})
+	r.one("without its back-off", len(of[Pack](r.last)) == 1)
+	s := r.packs()
+	r.step(Answered{Op: s.Op, Status: 429, RetryAfter: time.Hour})
+	r.step(Done{Op: s.Op, Sent: true})
+	r.step(Adjusted{Dest: "h.test", Backlog: *r.backlog("h.test"), Flush: true})
+	r.one("though it asked to be left alone", len(of[Pack](r.last)) == 1)
+	r.breaks(r.packs(), matrix.FailRefused, false)
+	r.commits()
+	r.step(Adjusted{Dest: "h.test", Backlog: *r.backlog("h.test"), Flush: true})
+	r.one("without its host's back-off, but that is on disk first", len(of[Commit](r.last)) == 1)
+	r.commits()
+	r.one("then it is tried", len(of[Pack](r.last)) == 1)
+}
+
+func TestSweepGoesOnFromWhereItEnded(t *testing.T) {
+	r := newOutboxRig(t, func(c *Config) { c.Outbox.PresenceWindow = time.Hour })
+	r.take("a.test", kPresence)
+	r.take("b.test", kPresence)
+	r.pass(sweepEvery - time.Millisecond)
+	r.one("not before its time", len(of[Expire](r.all)) == 0)
+	r.pass(time.Millisecond)
+	e := of[Expire](r.all)
+	r.one("from the start", len(e) == 1 && e[0].After == 0)
+	r.step(Trimmed{Batch: e[0].Batch, OK: true, Expired: [matrix.NumKinds + 1]int32{kPresence: 1}, Changed: []QueueRecord{{Name: "a.test"}}, Next: 7})
+	second := only[Expire](r, "there is more to do")
+	r.one("from there on", second.After == 7)
+	r.one("what has nothing left is forgotten", r.m.outbox.queues["a.test"] == nil && r.m.outbox.queues["b.test"] != nil)
+	r.pass(10 * sweepEvery)
+	r.one("one at a time", len(of[Expire](r.all)) == 2)
+	r.step(Trimmed{Batch: second.Batch, OK: false, Next: 9})
+	r.one("a failure ends the round", len(of[Expire](r.all)) == 2 && r.m.stats.CommitsFailed == 1)
+	r.pass(sweepEvery)
+	third := of[Expire](r.all)
+	r.one("the next begins a minute later", len(third) == 3 && third[2].After == 0)
+	r.step(Trimmed{Batch: third[2].Batch, OK: true, Expired: [matrix.NumKinds + 1]int32{kPresence: 1}, Changed: []QueueRecord{{Name: "b.test"}}})
+	r.pass(time.Hour)
+	r.one("none does while nothing is pending", len(of[Expire](r.all)) == 3)
+	if got := r.m.outbox.stats.Expired[kPresence]; got != 2 {
+		t.Errorf("%d have expired, want 2", got)
+	}
+}
+
+func TestPlacesAreBounded(t *testing.T) {
+	r := newOutboxRig(t, crowded)
+	places := r.fillPlaces()
+	for i := range 20 {
+		r.take(matrix.ServerName(fmt.Sprintf("late%d.test", i)), kPDU)
+	}
+	r.one("no more than those have a call", r.m.outbox.active.Used == sched.Slots(places))
+	hosts := len(r.m.hosts)
+	r.one("nor take a host's place", hosts == places)
+	for n := 0; n < len(of[Pack](r.all)); n++ {
+		r.last = []Effect{of[Pack](r.all)[n]}
+		r.ends(r.packs(), 200)
+		r.settles()
+	}
+	if n := len(of[Pack](r.all)); n != places+20 {
+		t.Errorf("%d had their turn, want %d", n, places+20)
+	}
+}
+
+func TestStateOfAQueueInWords(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	expect := func(dest matrix.ServerName, state, why string) {
+		t.Helper()
+		s := r.status(dest)
+		if s.State != state || !strings.Contains(s.Why, why) {
+			t.Errorf("%s is %s: %s; want %s: %s", dest, s.State, s.Why, state, why)
+		}
+		if timed := state == "backing off" || state == "waiting"; timed != (s.NextTry > r.now) {
+			t.Errorf("%s is %s, its next try %s from now", dest, state, s.NextTry.Sub(r.now))
+		}
+	}
+	r.take("h.test", kPresence)
+	expect("h.test", "waiting", "ride along")
+	r.take("h.test", kPDU)
+	expect("h.test", "sending", "is being made")
+	s := r.packs()
+	r.pass(3 * time.Second)
+	expect("h.test", "sending", "on its way for 3s")
+	r.ends(s, 500)
+	expect("h.test", "backing off", "answered with status 500; deliveries that failed in a row: 1")
+	r.passTo(time.Minute)
+	s = r.packs()
+	r.step(Answered{Op: s.Op, Status: 429, RetryAfter: time.Minute})
+	r.step(Done{Op: s.Op, Sent: true})
+	expect("h.test", "backing off", "limits our rate and asked for another 1m0s")
+	r.passTo(2 * time.Minute)
+	r.breaks(r.packs(), matrix.FailTLS, false)
+	expect("h.test", "backing off", "TLS failed (simulated)")
+	r.passTo(2 * time.Minute)
+	r.commits()
+	r.ends(r.packs(), 200)
+	expect("h.test", "sending", "outcome of the last transaction is being written")
+	r.settles()
+	_, known := r.m.QueueStatus(r.now, "h.test")
+	r.one("then nothing is known of it", !known)
+
+	b := Backlog{Oldest: r.now}
+	b.Items[kPDU] = 1
+	r.step(Restored{Queues: []QueueRecord{{"old.test", b}, {"older.test", b}}})
+	r.m.outbox.queues["old.test"].notBefore = r.now.Add(time.Millisecond)
+	expect("old.test", "waiting", "after a start")
+
+	r.works("busy.test")
+	for i := range 3 {
+		r.profile("busy.test", i)
+	}
+	r.get("busy.test", "GET", "/_matrix/federation/v1/event/e")
+	r.take("busy.test", kPDU)
+	expect("busy.test", "queued", "3 other requests to it are under way")
+
+	r.take("disk.test", kPDU)
+	p := only[Pack](r, "want one Pack")
+	r.step(Packed{Batch: p.Batch})
+	expect("disk.test", "waiting", "could not be written down")
+
+	r.step(Draining{By: r.now.Add(time.Minute)})
+	if s := r.status("disk.test"); s.State != "waiting" || !strings.Contains(s.Why, "is stopping") {
+		t.Errorf("at the end it is %s: %s", s.State, s.Why)
+	}
+	n := 0
+	r.m.Queues(r.now, func(QueueStatus) { n++ })
+	if snap, ok := r.m.Outbox(r.now); !ok || snap.Queues != n || n != 4 {
+		t.Errorf("%d queues are listed, %d counted, want 4", n, snap.Queues)
 	}
 }
