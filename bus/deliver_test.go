@@ -537,7 +537,8 @@ func TestAfterAnHourOnlyTheNewestStays(t *testing.T) {
 	q := r.status("h.test")
 	r.one("one is left, and waits for the host", q.Total() == 1 && q.State == "backing off")
 	b.Items[kPDU] = 5
-	r.step(Adjusted{Dest: "h.test", Backlog: *b, Flush: true})
+	r.step(Adjusted{Dest: "h.test", Backlog: *b})
+	r.step(Flush{"h.test"})
 	r.commits()
 	r.breaks(r.packs(), matrix.FailRefused, false)
 	r.settles()

@@ -41,25 +41,31 @@ func (w *World) acknowledge(id bus.ReqID) {
 			w.failf("transaction %d is acknowledged, item %d of it is nowhere", id, it.n)
 		}
 	}
-	if held := w.now.Sub(o.accepted); held > w.profile.Config.Outbox.Pace.Hold && !o.loose {
+	if held := w.now.Sub(o.accepted); held > w.longestHold() && !o.loose {
 		w.failf("the answer of transaction %d was held for %s", id, held)
 	}
 	w.out.hs.answered(o)
 }
 
+// longestHold is how long the pacer may hold an answer: that of a destination
+// which cannot be reached.
+func (w *World) longestHold() time.Duration {
+	return min(2*w.profile.Config.Outbox.Pace.Hold, 45*time.Second)
+}
+
 // due has a transaction checked for its answer when it must have come: what the
 // pacer may hold it for, and before that the disk's longest queue.
 func (w *World) due(o *offer) {
-	w.at(45*time.Second, func() {
+	w.at(50*time.Second, func() {
 		disk := w.out.disk
 		if o.ended || o.accepted == 0 {
 			if !o.ended && !disk.lagging(o.at) {
-				w.failf("transaction %d is not stored after 45 s", o.req)
+				w.failf("transaction %d is not stored after 50 s", o.req)
 			}
 			return
 		}
-		if left := w.profile.Config.Outbox.Pace.Hold - w.now.Sub(o.accepted); left <= 0 && !o.loose {
-			w.failf("transaction %d is not answered after 45 s", o.req)
+		if left := w.longestHold() - w.now.Sub(o.accepted); left <= 0 && !o.loose {
+			w.failf("transaction %d is not answered after 50 s", o.req)
 		}
 	})
 }

@@ -216,26 +216,21 @@ func (w *World) admin(dd *diskDest) {
 			w.Counts["drop"]++
 			w.out.disk.drop(dd, what == 7)
 		}
-		return w.adjusted(dd, false)
+		return w.adjusted(dd)
 	})
 }
 
 // adjusted tells the core what is pending now.
-func (w *World) adjusted(dd *diskDest, flush bool) func() {
-	ev := bus.Adjusted{Dest: dd.r.name, Backlog: dd.backlog(), Flush: flush}
+func (w *World) adjusted(dd *diskDest) func() {
+	ev := bus.Adjusted{Dest: dd.r.name, Backlog: dd.backlog()}
 	return func() { w.step(ev) }
 }
 
 // flush has a destination tried at once.
 func (w *World) flush(dd *diskDest) {
 	w.Counts["flush"]++
-	w.out.disk.submit(func(bool) func() {
-		tell := w.adjusted(dd, true)
-		return func() {
-			dd.r.flushed = true
-			tell()
-		}
-	})
+	dd.r.flushed = true
+	w.step(bus.Flush{Dest: dd.r.name})
 }
 
 // unhold lets deliveries go on; it is repeated when it is lost in a crash.
@@ -251,7 +246,7 @@ func (w *World) unhold(dd *diskDest) {
 		if ok {
 			dd.held = false
 		}
-		return w.adjusted(dd, false)
+		return w.adjusted(dd)
 	})
 }
 
