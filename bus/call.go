@@ -397,6 +397,9 @@ func (m *Machine) answered(c *call, ev Answered) {
 		m.succeeded(h, ev.Status)
 		m.promote(c)
 	}
+	if c.queue != nil {
+		h.took = m.now.Sub(c.started)
+	}
 	if ev.Status == 429 {
 		m.stats.Limited++
 		wait := ev.RetryAfter

@@ -33,6 +33,8 @@ type host struct {
 	suspect     bool       // the last attempt took too long to connect
 	former      *queue     // of the outbox: nothing is pending, but it has failed
 
+	took time.Duration // to answer the last transaction of the outbox
+
 	queue   [matrix.NumClasses + 1]sched.FIFO[*call] // may hold dropped calls
 	waiting [matrix.NumClasses + 1]int32             // live ones in queue
 	listed  [matrix.NumClasses + 1]laneID            // the ready list it is on, numLanes if none

@@ -171,6 +171,7 @@ func (m *Machine) accepted(ev Accepted) {
 	of.stored = true
 	if h := m.hosts[of.dest]; h != nil {
 		of.txn.Away = h.Failures > 0 && !h.reachable
+		of.txn.Slow = h.took >= slow
 	}
 	o.pacer.Held(m.now, ev.Req, of.dest, of.txn)
 	of.txn = PaceTxn{}
@@ -209,6 +210,9 @@ func (m *Machine) backlog(dest matrix.ServerName, b Backlog, came [matrix.NumKin
 	}
 	q.Backlog = b
 	if window, any := m.window(came); any {
+		if b.class() == matrix.ClassPresence {
+			window = max(window, m.patient(dest))
+		}
 		if due := m.now.Add(window); q.due == 0 || due < q.due {
 			q.due = due
 		}
@@ -235,6 +239,20 @@ func (m *Machine) endQueue(q *queue) {
 	if h := m.hosts[q.name]; h != nil && (q.failures > 0 || q.barren) {
 		h.former = q
 	}
+}
+
+// slow is the time from which on an answer counts as slow.
+const slow = time.Second
+
+// patient is how long what is least important waits for a destination that is
+// slow to answer. An event that comes while such a transaction is under way would
+// have to wait for its end.
+func (m *Machine) patient(dest matrix.ServerName) time.Duration {
+	h := m.hosts[dest]
+	if h == nil || h.took < slow {
+		return 0
+	}
+	return min(2*h.took, m.cfg.Outbox.PresenceWindow)
 }
 
 // window is how long what came may wait for company.

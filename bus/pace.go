@@ -108,6 +108,9 @@ type PaceTxn struct {
 	Device bool
 	// Away: the destination could not be reached last time.
 	Away bool
+	// Slow: it takes long to answer. It gets an event before others, so that all
+	// have it at about the same time.
+	Slow bool
 }
 
 // PaceCounts counts answers by why they were given when they were.
@@ -188,7 +191,7 @@ func (p *Pacer) Held(now sched.Time, req ReqID, dest matrix.ServerName, t PaceTx
 		p.returns[p.next] = returned{at: now, after: now.Sub(d.answered)}
 		p.next = (p.next + 1) % len(p.returns)
 	}
-	d.away = t.Away
+	d.away, d.slow = t.Away, t.Slow
 	p.learn(now, d, t)
 	h := &heldAnswer{req: req, dest: d, since: now}
 	p.held[req], d.held = h, h
@@ -226,12 +229,17 @@ func (p *Pacer) learn(now sched.Time, d *paceDest, t PaceTxn) {
 	}
 }
 
-// bring moves the steady answers of a room's destinations to the hurried lane.
+// bring moves the steady answers of a room's destinations to the hurried lane,
+// those of slow ones to the prompt one.
 func (p *Pacer) bring(room *paceRoom) {
 	for _, l := range room.links {
 		if h := l.dest.held; h != nil && h.lane == laneSteady {
 			p.leave(h)
-			p.enter(h, laneHurried)
+			if l.dest.slow {
+				p.enter(h, lanePrompt)
+			} else {
+				p.enter(h, laneHurried)
+			}
 			p.counts.Forward++
 		}
 	}

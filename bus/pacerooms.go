@@ -50,6 +50,7 @@ type paceDest struct {
 	answered  sched.Time // last time; 0: never
 	talkUntil sched.Time
 	away      bool // cannot be reached
+	slow      bool // takes long to answer
 }
 
 // roomLink says that dest is in room. It knows its place in both, so that it

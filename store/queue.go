@@ -47,6 +47,16 @@ func (q *queue) put(j job) error {
 	return nil
 }
 
+// wait waits for jobs. It returns false when nothing more will come.
+func (q *queue) wait() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for len(q.jobs) == 0 && !q.closed {
+		q.ready.Wait()
+	}
+	return !q.closed
+}
+
 // take waits for jobs and appends to dst those that fit into one group, the
 // first in any case. It returns dst as it was when nothing more will come.
 func (q *queue) take(dst []job, maxJobs int, maxBytes int64) []job {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 )
 
 // Defaults of Options.
@@ -55,6 +56,10 @@ type Options struct {
 	// group that it is storing, DefaultQueueLen and DefaultQueueBytes.
 	QueueLen   int
 	QueueBytes int64
+	// Linger is the least time from the beginning of one commit to that of the
+	// next: what comes meanwhile shares it. The first after a pause does not
+	// wait. 0 is none.
+	Linger time.Duration
 	// MaxHosts bounds the rows of the host table, DefaultMaxHosts.
 	MaxHosts int
 	// The bounds of the outbox, see ErrOutboxFull. MaxDestItems and MaxDestBytes

@@ -64,7 +64,12 @@ func (s *Store) write() {
 	defer close(s.stopped)
 	var group []job
 	var errs []error
+	var last time.Time
 	for {
+		if s.queue.wait() {
+			time.Sleep(s.opt.Linger - time.Since(last)) // returns at once if that is over
+		}
+		last = time.Now()
 		group = s.queue.take(group[:0], s.opt.MaxGroup, maxGroupBytes)
 		if len(group) == 0 {
 			break

@@ -145,6 +145,7 @@ func New(ctx context.Context, cfg *Config, version string, log *slog.Logger, lev
 		QueueLen:   int(cfg.Front.MaxConnections) + int(cfg.Outbound.MaxHosts) + int(cfg.Outbound.Workers) + 16,
 		QueueBytes: int64(cfg.Outbound.SpoolMemory) + int64(cfg.Outbound.SpoolDisk),
 		MaxHosts:   2 * int(cfg.Outbound.MaxHosts),
+		Linger:     commitEach,
 
 		MaxDestinations: cfg.Outbox.MaxDestinations, MaxDestItems: cfg.Outbox.MaxDestinationItems, MaxDestBytes: int64(cfg.Outbox.MaxDestinationBytes),
 		MaxItems: cfg.Outbox.MaxItems, MaxFileBytes: int64(cfg.Outbox.MaxDisk),
