@@ -140,7 +140,7 @@ const (
 	// patience is how long an attempt at an unknown host may take to connect
 	// while others wait for its worker. A host that needs longer is tried
 	// again at leisure, among the failing ones.
-	patience = 3500 * time.Millisecond
+	patience = 2 * time.Second
 
 	// keepSuccess is how old the stored success of a host may be before it is
 	// stored again. It keeps writes to an SD card few.

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"fsbus/bus/matrix"
 )
@@ -426,5 +427,40 @@ func TestTheLogIsCutBackAfterALargeBatch(t *testing.T) {
 	put(t, s, up("a.test"))
 	if size := s.Stats().WALBytes; size > walLimit {
 		t.Errorf("the log still has %d bytes, want at most %d", size, walLimit)
+	}
+}
+
+// What comes within Linger of a commit shares the next one; after a pause nothing
+// waits.
+func TestLinger(t *testing.T) {
+	s := open(t, Options{Path: t.TempDir() + "/db", Linger: time.Second})
+	submit := func(n int) {
+		t.Helper()
+		var wg sync.WaitGroup
+		for i := range n {
+			wg.Add(1)
+			err := s.Submit(&Batch{Hosts: []Host{{Name: matrix.ServerName(fmt.Sprintf("h%d.test", i))}}}, func(err error) {
+				if err != nil {
+					t.Error(err)
+				}
+				wg.Done()
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		wg.Wait()
+	}
+	began := time.Now()
+	submit(1)
+	if took := time.Since(began); took >= time.Second {
+		t.Errorf("the first took %v", took)
+	}
+	submit(10)
+	if took := time.Since(began); took < time.Second {
+		t.Errorf("the second began %v after the first", took)
+	}
+	if st := s.Stats(); st.Commits != 2 || st.Batches != 11 {
+		t.Errorf("%d commits of %d batches, want 2 of 11", st.Commits, st.Batches)
 	}
 }
