@@ -51,7 +51,8 @@ type call struct {
 	// Of the present attempt.
 	op        OpID
 	started   sched.Time
-	status    int // of the answer
+	asked     sched.Time // since when there has been a connection, or might have been
+	status    int        // of the answer
 	lane      laneID
 	connected bool // over a new connection, or one that was open
 	cancelled bool
@@ -365,7 +366,7 @@ func (m *Machine) end(c *call) {
 
 func (m *Machine) connected(c *call) {
 	m.stats.Connects++
-	c.connected = true
+	c.connected, c.asked = true, m.now
 	h := c.host
 	h.reachable, h.suspect = true, false
 	h.NextTry = 0
@@ -398,7 +399,7 @@ func (m *Machine) answered(c *call, ev Answered) {
 		m.promote(c)
 	}
 	if c.queue != nil {
-		h.took = m.now.Sub(c.started)
+		h.took = m.now.Sub(c.asked)
 	}
 	if ev.Status == 429 {
 		m.stats.Limited++

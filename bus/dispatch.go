@@ -260,7 +260,7 @@ func (m *Machine) transmit(c *call) {
 	m.nextOp++
 	c.op = m.nextOp
 	c.phase = phaseRunning
-	c.started = m.now
+	c.started, c.asked = m.now, m.now
 	c.connected = h.reachable
 	if c.lane == laneUnknown {
 		c.timer = m.timers.Set(m.now.Add(patience), timer{call: c})

@@ -3,7 +3,6 @@ package node
 import (
 	"bytes"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -16,17 +15,10 @@ import (
 const pressureEvery = 2 * time.Second
 
 // findPressure returns the file that tells how much tasks wait for a processor:
-// the host's, or where a container hides that, its cgroup's. It returns "" where
-// the kernel does not tell (it may be built or started without).
+// the host's, or in a container that of the container. It returns "" where the
+// kernel does not tell (it may be built or started without).
 func findPressure() string {
-	files := []string{"/proc/pressure/cpu"}
-	if b, err := os.ReadFile("/proc/self/cgroup"); err == nil {
-		if path, ok := strings.CutPrefix(strings.TrimSpace(string(b)), "0::"); ok {
-			files = append(files, filepath.Join("/sys/fs/cgroup", path, "cpu.pressure"))
-		}
-	}
-	files = append(files, "/sys/fs/cgroup/cpu.pressure")
-	for _, f := range files {
+	for _, f := range []string{"/proc/pressure/cpu", "/sys/fs/cgroup/cpu.pressure"} {
 		if b, err := os.ReadFile(f); err == nil {
 			if _, ok := parsePressure(b); ok {
 				return f
