@@ -586,3 +586,45 @@ func TestEventsThatARemoteRefusesAreCounted(t *testing.T) {
 	r.one("it is delivered all the same", r.settles().Outcome == Delivered)
 	r.one("they are counted", r.m.outbox.stats.PDUErrors == 1)
 }
+
+// In an outage that begins while a batch is being divided, what was taken before
+// must not condemn all that is left.
+func TestOnlyOneIsSetAsideForWhatWasTaken(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("h.test", kPDU, kPDU, kPDU, kPDU)
+	for range 2 { // into the first, the second, and the others
+		r.refuses(500, refusalsToBisect)
+		r.settles()
+	}
+	r.refuses(200, 1)
+	r.settles()
+	if times, _ := r.refuses(500, 100); times != refusalsToBisect {
+		t.Errorf("the second is set aside after %d refusals, want %d", times, refusalsToBisect)
+	}
+	r.settles()
+	r.refuses(500, refusalsToBisect)
+	r.settles()
+	if times, _ := r.refuses(500, 100); times != refusalsAlone {
+		t.Errorf("the third is set aside after %d refusals, want %d", times, refusalsAlone)
+	}
+	r.settles()
+	if times, _ := r.refuses(500, 100); times != refusalsWhenNothingWorks {
+		t.Errorf("the fourth is set aside after %d refusals, want %d", times, refusalsWhenNothingWorks)
+	}
+}
+
+// A destination that a lookup found to limit our rate is left alone, and takes
+// no place meanwhile.
+func TestDeliveryWaitsWhileItsHostLimitsOurRate(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.works("h.test")
+	r.get("h.test", "POST", "/_matrix/federation/v1/user/keys/claim")
+	op := r.sent().Op
+	r.step(Answered{Op: op, Status: 429, RetryAfter: time.Minute})
+	r.step(Done{Op: op, Kept: true})
+	r.take("h.test", kPDU)
+	s := r.status("h.test")
+	r.one("it waits", s.State == "backing off" && s.NextTry == r.now.Add(time.Minute) && strings.Contains(s.Why, "limits our rate"))
+	r.one("without a place", r.m.outbox.active.Used == 0)
+	r.one("for as long as was asked", r.passTo(time.Hour) == time.Minute && len(of[Pack](r.last)) == 1)
+}

@@ -792,3 +792,19 @@ func TestStateOfAQueueInWords(t *testing.T) {
 		t.Errorf("%d queues are listed, %d counted, want 4", n, snap.Queues)
 	}
 }
+
+func TestWhoHasGoneIsNotAnswered(t *testing.T) {
+	r := newOutboxRig(t, func(c *Config) { c.Outbox.Pace.Ack, c.Outbox.Pace.Hold = 1, 20*time.Second })
+	for i := range 3 {
+		r.take(matrix.ServerName(fmt.Sprintf("h%d.test", i)), kPresence)
+	}
+	gone := r.take("gone.test", kPresence)
+	r.step(Gone{gone})
+	r.step(Gone{gone})
+	r.pass(time.Minute)
+	for _, a := range of[Acknowledge](r.all) {
+		r.one("it is not", a.Req != gone)
+	}
+	s, _ := r.m.Outbox(r.now)
+	r.one("nor kept", s.Offers == 0 && s.Pace.Held == 0 && len(of[Acknowledge](r.all)) == 3)
+}
