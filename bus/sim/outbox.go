@@ -372,7 +372,7 @@ func (w *World) healOutbox() {
 func (w *World) bootOutbox() {
 	o := w.out
 	for _, r := range w.remotes {
-		if a := r.delivering; a != nil && a.sent && w.rng.IntN(2) == 0 {
+		if a := r.delivering; a != nil && a.sent && w.rng.IntN(2) == 0 && !r.refuses(a.txn) {
 			w.takes(r, a.txn) // it was on its way
 		}
 		r.busy, r.delivering = "", nil
@@ -494,7 +494,7 @@ func (w *World) deliver(e bus.Send) {
 	case mute:
 		if w.rng.IntN(2) == 0 {
 			w.at(connect+latency, func() {
-				if !a.done {
+				if !a.done && !h.refuses(p) {
 					w.takes(h, p)
 				}
 			})
@@ -507,6 +507,11 @@ func (w *World) deliver(e bus.Send) {
 		}
 		w.handles(a, does)
 	})
+}
+
+// refuses reports whether a remote that can be reached will not take it.
+func (h *remote) refuses(p *packed) bool {
+	return h.does == broken || slices.ContainsFunc(p.items, func(it *item) bool { return it.poison })
 }
 
 // handles is what a remote does with a transaction that has arrived.
@@ -525,7 +530,7 @@ func (w *World) handles(a *attempt, does behaviour) {
 		end = matrix.FailContent
 	case h.taken[p.id]:
 		// It answers as the first time.
-	case does == broken, slices.ContainsFunc(p.items, func(it *item) bool { return it.poison }):
+	case h.refuses(p):
 		status = 500
 		if h.refused[p.id]++; h.badSince == 0 {
 			h.badSince = w.now
