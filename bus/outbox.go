@@ -203,7 +203,7 @@ func (m *Machine) backlog(dest matrix.ServerName, b Backlog, came [matrix.NumKin
 	o := &m.outbox
 	q := o.queues[dest]
 	if q == nil {
-		if b.Total() == 0 && !b.Held {
+		if b.Total() == 0 && !b.Held || o.pacer == nil {
 			return
 		}
 		q = m.newQueue(dest)
@@ -483,6 +483,9 @@ func (o *outbox) inOrder() []*queue {
 // one after the other: all at once would be a storm of our own making.
 func (m *Machine) restoreQueues(list []QueueRecord) {
 	o := &m.outbox
+	if o.pacer == nil {
+		return // there is no outbox
+	}
 	spread := min(time.Duration(len(list))*spreadEach, maxSpread)
 	for _, r := range list {
 		if o.queues[r.Name] != nil || r.Backlog.Total() == 0 && !r.Backlog.Held {

@@ -522,7 +522,10 @@ func TestDrainWaitsForWhatIsUnderWay(t *testing.T) {
 	r.commits()
 	r.one("a delivery is under way", len(of[Drained](r.all)) == 0)
 	r.ends(s, 200)
+	note := r.last
+	r.commits()
 	r.one("its outcome is to be noted", len(of[Drained](r.all)) == 0)
+	r.last = note
 	r.settles()
 	r.commits()
 	r.one("then it is over", len(of[Drained](r.all)) == 1)
@@ -807,4 +810,19 @@ func TestWhoHasGoneIsNotAnswered(t *testing.T) {
 	}
 	s, _ := r.m.Outbox(r.now)
 	r.one("nor kept", s.Offers == 0 && s.Pace.Held == 0 && len(of[Acknowledge](r.all)) == 3)
+}
+
+// With the signing key gone there is no outbox, but there may still be something
+// in the store.
+func TestWithoutAnOutboxWhatIsStoredIsLeftAlone(t *testing.T) {
+	r := newRig(t, nil)
+	b := Backlog{Oldest: r.now}
+	b.Items[kPDU] = 1
+	r.step(Restored{Queues: []QueueRecord{{"h.test", b}}})
+	r.step(Adjusted{Dest: "i.test", Backlog: b})
+	r.pass(time.Hour)
+	r.one("nothing is wanted of the store", len(r.all) == 0)
+	_, known := r.m.QueueStatus(r.now, "h.test")
+	_, is := r.m.Outbox(r.now)
+	r.one("and nothing is known of it", !known && !is)
 }
