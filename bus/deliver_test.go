@@ -628,3 +628,16 @@ func TestDeliveryWaitsWhileItsHostLimitsOurRate(t *testing.T) {
 	r.one("without a place", r.m.outbox.active.Used == 0)
 	r.one("for as long as was asked", r.passTo(time.Hour) == time.Minute && len(of[Pack](r.last)) == 1)
 }
+
+// Once its back-off is over, what comes waits for company as with any other.
+func TestWindowOfADestinationThatHasFailed(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("h.test", kPDU)
+	r.ends(r.packs(), 500)
+	delete(r.frozen, "h.test")
+	*r.backlog("h.test") = Backlog{}
+	r.step(Adjusted{Dest: "h.test"})
+	r.pass(time.Hour)
+	r.take("h.test", kPresence)
+	r.one("presence waits", len(of[Pack](r.last)) == 0 && r.passTo(time.Hour) == r.m.cfg.Outbox.PresenceWindow)
+}

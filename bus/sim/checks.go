@@ -264,6 +264,14 @@ func (w *World) undelivered() (s string) {
 	return s
 }
 
+func (w *World) noneUnderWay(when string) {
+	for _, r := range w.remotes {
+		if r.busy != "" || r.delivering != nil {
+			w.failf("%s, but %s has a %s under way, delivering %t", when, r.name, r.busy, r.delivering != nil)
+		}
+	}
+}
+
 // restOutbox checks that nothing is left undone.
 func (w *World) restOutbox() {
 	o := w.out
@@ -277,11 +285,7 @@ func (w *World) restOutbox() {
 			w.failf("at rest, batch %d to %s is not unpacked", id, p.dest.r.name)
 		}
 	}
-	for _, r := range w.remotes {
-		if r.busy != "" || r.delivering != nil {
-			w.failf("at rest, %s has a %s under way, delivering %t", r.name, r.busy, r.delivering != nil)
-		}
-	}
+	w.noneUnderWay("at rest")
 	type subject struct {
 		to  *remote
 		key string

@@ -318,6 +318,7 @@ func (w *World) asks() bool {
 }
 
 func (w *World) hasDrained() {
+	w.noneUnderWay("drained")
 	o := w.out
 	w.at(0, func() {
 		if then := o.drained; then != nil {
