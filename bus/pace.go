@@ -438,6 +438,9 @@ func (p *Pacer) NextWake(now sched.Time) (sched.Time, bool) {
 		l := &p.lanes[id]
 		if since, ok := l.heap.Next(); ok {
 			at := max(min(since.Add(p.hold(paceLaneID(id), now)), p.turn(paceLaneID(id), now)), now)
+			if p.drainBy > now {
+				at = min(at, p.drainBy)
+			}
 			if wake == 0 || at < wake {
 				wake = at
 			}

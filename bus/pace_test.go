@@ -384,6 +384,22 @@ func TestPaceDrain(t *testing.T) {
 	}
 }
 
+// The last answer is given by then as well, though the pace is a whole number.
+func TestPaceDrainOfWhoIsAway(t *testing.T) {
+	p := startPacing(t, func(c *PaceConfig) { c.Ack, c.Hold = 1, maxHold })
+	p.hold("d", PaceTxn{Away: true})
+	p.hold("e", PaceTxn{Away: true})
+	p.Drain(p.now.Add(19900 * time.Millisecond))
+	p.release()
+	if len(p.since) != 1 {
+		t.Fatalf("%d are held, want the second", len(p.since))
+	}
+	p.pass(19900 * time.Millisecond)
+	if len(p.since) != 0 {
+		t.Error("it is held beyond the end of the drain")
+	}
+}
+
 func TestPaceReconfigured(t *testing.T) {
 	p := startPacing(t, func(c *PaceConfig) { c.Ack = 1 })
 	for i := range 100 {
