@@ -49,12 +49,12 @@ type outboxWorld struct {
 	finished   bool
 }
 
-// txState is what a remote knows of transactions.
+// txState is what there is to know of a remote for its transactions.
 type txState struct {
 	index      int
-	busy       string // what is under way for it
+	busy       string // what the store has under way for it
 	delivering *attempt
-	flushed    bool
+	flushed    bool // an admin has it tried, whatever its back-off
 	trimming   bool // there is more to compact
 
 	content  map[string]string // of each id that was sent
@@ -63,7 +63,7 @@ type txState struct {
 	taken    map[string]bool
 	events   map[int]int64 // the newest of each room
 	versions map[string]int64
-	everBad  bool       // has refused everything for some time
+	everBad  bool       // refuses everything, or did until the world healed
 	badSince sched.Time // when it refused first since it took something; 0: it has not
 }
 
