@@ -375,12 +375,13 @@ func (m *Machine) connected(c *call) {
 	m.wake(h)
 }
 
-// promote counts an attempt among those at proven hosts, once its host has
-// shown that it is there: the few workers for others are for finding that out.
+// promote counts an attempt among those at hosts that are known to work, once its
+// host has shown that it is there: the few workers for others are for finding that
+// out.
 func (m *Machine) promote(c *call) {
-	if c.lane != laneProven {
+	if c.lane == laneUnknown || c.lane == laneFailing {
 		m.giveBack(c)
-		c.lane = laneProven
+		c.lane = c.host.lane(m.now)
 		m.hold(c)
 	}
 }

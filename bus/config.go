@@ -15,7 +15,8 @@ type Config struct {
 	Workers sched.Slots
 	// Unknown is how many of them may go to hosts that have not yet answered,
 	// Failing to hosts whose last attempt failed. An eighth of Workers is
-	// always left to these two, the rest is for hosts that are known to work.
+	// always left to these two, the rest is for hosts that are known to work;
+	// those that are slow may have five eighths.
 	Unknown sched.Slots
 	Failing sched.Slots
 
@@ -51,14 +52,14 @@ type Config struct {
 // Default returns the limits that suit a board with four small cores.
 func Default() Config {
 	return Config{
-		Workers:         80,
-		Unknown:         60,
+		Workers:         112,
+		Unknown:         80,
 		Failing:         16,
 		HostConcurrency: 4,
 		HostRate:        10,
 		HostBurst:       10,
-		MaxRequests:     4300,
-		MaxHosts:        6000,
+		MaxRequests:     4200,
+		MaxHosts:        5600,
 		CacheEntries:    2000,
 		CacheBytes:      sched.MiB,
 	}

@@ -16,12 +16,13 @@ type laneID uint8
 
 const (
 	laneProven  laneID = iota // answered within the last day
+	laneSlow                  // that, too, but took long over the last transaction
 	laneUnknown               // not yet
 	laneFailing               // the last attempt failed, or takes suspiciously long
 	numLanes
 )
 
-func (l laneID) String() string { return [numLanes]string{"proven", "unknown", "failing"}[l] }
+func (l laneID) String() string { return [numLanes]string{"proven", "slow", "unknown", "failing"}[l] }
 
 // host is one destination.
 type host struct {
@@ -121,6 +122,9 @@ func (h *host) lane(now sched.Time) laneID {
 	case h.suspect, h.Failures > 0 && !h.reachable:
 		return laneFailing
 	case h.reachable || h.LastSuccess != 0 && now.Sub(h.LastSuccess) < provenFor:
+		if h.took >= slow {
+			return laneSlow
+		}
 		return laneProven
 	}
 	return laneUnknown
@@ -138,7 +142,7 @@ func (h *host) mayRun(c matrix.Class, cfg Config, now sched.Time) (ok bool, agai
 	if h.inUse >= cfg.HostConcurrency {
 		return false, 0
 	}
-	if h.inUse > 0 && h.lane(now) != laneProven {
+	if l := h.lane(now); h.inUse > 0 && l != laneProven && l != laneSlow {
 		return false, 0 // the first one is the pre-flight of the others
 	}
 	// Each class, with all below it, leaves some of the host's places free.

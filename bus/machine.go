@@ -89,6 +89,7 @@ func (m *Machine) configure(cfg Config) {
 	m.cfg = cfg
 	m.workers.Limit = cfg.Workers
 	m.lanes[laneProven].slots.Limit = cfg.Workers - cfg.Workers/8
+	m.lanes[laneSlow].slots.Limit = cfg.Workers * 5 / 8
 	m.lanes[laneUnknown].slots.Limit = cfg.Unknown
 	m.lanes[laneFailing].slots.Limit = cfg.Failing
 	m.cache.maxEntries, m.cache.maxBytes = int(cfg.CacheEntries), int64(cfg.CacheBytes)

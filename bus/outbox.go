@@ -241,7 +241,8 @@ func (m *Machine) endQueue(q *queue) {
 	}
 }
 
-// slow is the time from which on an answer counts as slow.
+// slow is the time from which on an answer to a transaction counts as slow. Such
+// hosts have workers of their own: each keeps one busy for that long.
 const slow = time.Second
 
 // patient is how long what is least important waits for a destination that is

@@ -101,7 +101,7 @@ func DefaultPace() PaceConfig {
 		Prompt:          60, // above the 50 destinations a second that presence wakes (_DestinationWakeupQueue)
 		MaxRooms:        2000,
 		MaxDestinations: 4500,
-		MaxBytes:        2560 * sched.KiB,
+		MaxBytes:        2304 * sched.KiB,
 	}
 }
 

@@ -53,7 +53,7 @@ type Snapshot struct {
 	Stats        Stats
 	Requests     sched.Gauge // of the homeserver, waiting or running
 	Workers      sched.Gauge
-	Lanes        [3]LaneStatus // proven, unknown, failing
+	Lanes        [numLanes]LaneStatus
 	Waiting      [matrix.NumClasses + 1]int64
 	Running      [matrix.NumClasses + 1]int64
 	Oldest       [matrix.NumClasses + 1]time.Duration // longest wait in the queue

@@ -40,8 +40,9 @@ const (
 	hostCost = 768 * sched.Bytes(1)
 	// resolverCost is the caches of DNS answers (netx.DNSConfig.MaxBytes) and
 	// of well-known documents (netx.ClientConfig.WellKnownCache, 660 bytes
-	// each).
-	resolverCost = 2*sched.MiB + 4096*660
+	// each), of which there are as many as wellKnown.
+	resolverCost = 2*sched.MiB + wellKnown*660
+	wellKnown    = 3072
 	// queueCost is a server for which something is pending: what the core knows
 	// of it, its timer, its name, its place in the map.
 	queueCost = 400 * sched.Bytes(1)

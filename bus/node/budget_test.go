@@ -22,22 +22,22 @@ func withKeys() Config {
 func TestBudgetTable(t *testing.T) {
 	const want = `memory at worst               count      each     total   set by
   program and database            1  16.0 MiB  16.0 MiB
-  requests that wait           4300   2.5 KiB  10.5 MiB   front.max_connections
-  requests being read            32  50.0 KiB   1.6 MiB   front.max_reading
-  requests to other servers      80  88.0 KiB   6.9 MiB   outbound.workers
+  requests that wait           4200   2.5 KiB  10.3 MiB   front.max_connections
+  requests being read            24  50.0 KiB   1.2 MiB   front.max_reading
+  requests to other servers     112  88.0 KiB   9.6 MiB   outbound.workers
   idle connections               72  40.0 KiB   2.8 MiB   outbound.idle_connections
-  servers remembered           6000     768 B   4.4 MiB   outbound.max_hosts
-  names and addresses             1   4.6 MiB   4.6 MiB
+  servers remembered           5600     768 B   4.1 MiB   outbound.max_hosts
+  names and addresses             1   3.9 MiB   3.9 MiB
   TLS sessions                 1000   1.0 KiB   1.0 MiB
-  bodies on their way             1   3.0 MiB   3.0 MiB   outbound.spool_memory
+  bodies on their way             1   2.0 MiB   2.0 MiB   outbound.spool_memory
   answers kept                    1   1.0 MiB   1.0 MiB   outbound.cache
   transactions being made         2   4.0 MiB   8.0 MiB   outbox.max_transaction_bytes
   servers with a queue         4500     400 B   1.7 MiB   outbox.max_destinations
-  who is in which room            1   2.5 MiB   2.5 MiB   outbox.ack_memory
-  sum                                          63.9 MiB   of memory_limit, 64.0 MiB
-goroutines                      809
-connections to servers          232
-file descriptors               4868
+  who is in which room            1   2.2 MiB   2.2 MiB   outbox.ack_memory
+  sum                                          63.8 MiB   of memory_limit, 64.0 MiB
+goroutines                     1025
+connections to servers          296
+file descriptors               4832
 `
 	c := withKeys()
 	var b bytes.Buffer

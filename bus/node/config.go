@@ -92,11 +92,11 @@ type FrontConfig struct {
 	// false. The secret and all requests cross that network unencrypted.
 	AllowRemote bool `toml:"allow_remote"`
 	// MaxConnections is how many requests of the homeserver are held at a
-	// time; further ones wait in the accept backlog. Default 4300, as a
+	// time; further ones wait in the accept backlog. Default 4200, as a
 	// homeserver sends to all servers of its rooms at once. Each costs 2.5 KiB
 	// and a file descriptor.
 	MaxConnections int `toml:"max_connections" range:"16..100000"`
-	// MaxReading is how many of them are being read at a time. Default 32.
+	// MaxReading is how many of them are being read at a time. Default 24.
 	// Each costs 50 KiB.
 	MaxReading int `toml:"max_reading" range:"16..1024"`
 
@@ -106,10 +106,10 @@ type FrontConfig struct {
 // OutboundConfig bounds what is sent to other servers.
 type OutboundConfig struct {
 	// Workers is how many requests to other servers run at a time. Default
-	// 80. Each costs 88 KiB, seven goroutines and two file descriptors.
+	// 112. Each costs 88 KiB, seven goroutines and two file descriptors.
 	Workers int `toml:"workers" range:"8..2048"`
 	// UnknownHosts is how many of the workers may wait for servers that have
-	// not answered yet. Default 60. After a start all servers are such.
+	// not answered yet. Default 80. After a start all servers are such.
 	UnknownHosts int `toml:"unknown_hosts" range:"1..2048" reload:"yes"`
 	// FailingHosts is how many of the workers may wait for servers whose last
 	// attempt failed. Default 16.
@@ -124,7 +124,7 @@ type OutboundConfig struct {
 	// HostRate holds. Default 10.
 	HostBurst int `toml:"host_burst" range:"1..1000" reload:"yes"`
 	// MaxHosts is how many servers are remembered, more than
-	// Front.MaxConnections and twice Workers together. Default 6000. Each costs
+	// Front.MaxConnections and twice Workers together. Default 5600. Each costs
 	// 768 bytes.
 	MaxHosts int `toml:"max_hosts" range:"100..1000000"`
 	// ConnectTimeout bounds connecting to one address of a server. Default 5 s.
@@ -157,7 +157,7 @@ type OutboundConfig struct {
 	// CacheEntries is how many answers are kept. Default 2000; 0 keeps none.
 	CacheEntries int `toml:"cache_entries" range:"0..1000000" reload:"yes"`
 	// SpoolMemory is how many bytes of requests and answers on their way are
-	// held in memory. Default 3 MiB. What is beyond goes to disk.
+	// held in memory. Default 2 MiB. What is beyond goes to disk.
 	SpoolMemory sched.Bytes `toml:"spool_memory" range:"0..1GiB"`
 	// SpoolDisk is how many bytes of them are held in DataDir. Default 1 GiB:
 	// ten joins of the largest rooms.
@@ -199,7 +199,7 @@ type OutboxConfig struct {
 	// Default 60.
 	AckPrompt int `toml:"ack_prompt" range:"1..10000" reload:"yes"`
 	// AckRooms, AckDestinations and AckMemory bound what is remembered of which
-	// server is in which room. Defaults 2000, 4500 and 2.5 MiB.
+	// server is in which room. Defaults 2000, 4500 and 2.25 MiB.
 	AckRooms        int         `toml:"ack_rooms" range:"1..1000000" reload:"yes"`
 	AckDestinations int         `toml:"ack_destinations" range:"2..1000000" reload:"yes"`
 	AckMemory       sched.Bytes `toml:"ack_memory" range:"64KiB..1GiB" reload:"yes"`
@@ -278,7 +278,7 @@ func DefaultConfig() Config {
 			Listen:         []string{"unix:/run/fsbus/fsbus.sock"},
 			SocketMode:     0o660,
 			MaxConnections: int(core.MaxRequests),
-			MaxReading:     32,
+			MaxReading:     24,
 		},
 		Outbound: OutboundConfig{
 			Workers:             int(core.Workers),
@@ -297,7 +297,7 @@ func DefaultConfig() Config {
 			IdleTimeout:         Duration(55 * time.Second),
 			Cache:               core.CacheBytes,
 			CacheEntries:        int(core.CacheEntries),
-			SpoolMemory:         3 * sched.MiB,
+			SpoolMemory:         2 * sched.MiB,
 			SpoolDisk:           sched.GiB,
 			SpoolInline:         64 * sched.KiB,
 		},
