@@ -258,8 +258,9 @@ func inspect(path string) error {
 	}
 	defer f.Close()
 	const (
-		magic    = "SQLite format 3\x00" // sqlite.org/fileformat.html 1.3.1
-		idOffset = 68                    // application id, big-endian, 1.3.14
+		magic      = "SQLite format 3\x00" // sqlite.org/fileformat.html 1.3.1
+		sizeOffset = 16                    // page size, big-endian, 1 for 65536, 1.3.2
+		idOffset   = 68                    // application id, big-endian, 1.3.14
 	)
 	header := make([]byte, 100)
 	switch _, err := io.ReadFull(f, header); {
@@ -273,6 +274,15 @@ func inspect(path string) error {
 	}
 	if id := binary.BigEndian.Uint32(header[idOffset:]); id != applicationID {
 		return notOurs(path, id)
+	}
+	// SQLite takes what is missing of the last page for zeros. A move of the log
+	// that found no space may leave a part of a page, but then the log is there.
+	page := int64(binary.BigEndian.Uint16(header[sizeOffset:]))
+	if page == 1 {
+		page = 1 << 16
+	}
+	if page > 0 && fi.Size()%page != 0 && fileSize(path+"-wal") == 0 {
+		return corrupt(path, fmt.Errorf("%d bytes, the last page of %d is cut off", fi.Size(), page))
 	}
 	return nil
 }

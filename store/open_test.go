@@ -204,6 +204,7 @@ func TestADamagedFileIsRefusedAndKept(t *testing.T) {
 		{"cut inside the header", func(b []byte) []byte { return b[:50] }},
 		{"cut after the first page", func(b []byte) []byte { return b[:pageSize] }},
 		{"half of it", func(b []byte) []byte { return b[:len(b)/2] }},
+		{"the last byte is missing", func(b []byte) []byte { return b[:len(b)-1] }},
 		{"schema destroyed", func(b []byte) []byte { clear(b[100:pageSize]); return b }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -267,6 +268,28 @@ func TestATornLogEndsBeforeTheTear(t *testing.T) {
 		}
 		want(t, "hosts", load(t, open(t, Options{Path: path}), 10), []Host{someHosts[0]})
 	}
+}
+
+// As a move of the log into the file leaves it that found no space.
+func TestAPartOfAPageIsFineBesideTheLog(t *testing.T) {
+	s := open(t, Options{Path: newPath(t)})
+	var hosts []Host
+	for i := range 300 {
+		hosts = append(hosts, down(numbered("a", i)))
+	}
+	put(t, s, hosts...)
+	path := afterCrash(t, s, "none")
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(make([]byte, pageSize/2)); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	want(t, "hosts", len(load(t, open(t, Options{Path: path}), 1000)), len(hosts))
 }
 
 func TestALogWithoutItsFileIsRefused(t *testing.T) {
