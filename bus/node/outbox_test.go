@@ -44,6 +44,10 @@ func withOutbox(t *testing.T, outbox string) config {
 // quick is an outbox that neither waits nor holds answers.
 const quick = "ack_pace = \"off\"\npresence_window = \"0s\"\nreceipt_window = \"0s\"\ntyping_window = \"0s\"\n"
 
+// unpaced has everything answered as soon as it is stored: otherwise what is for a
+// destination that is away is answered last, after half a minute each.
+const unpaced = quick + "ack_pace = \"off\"\n"
+
 // until waits for something that comes by itself, within a bound that only a
 // hang reaches.
 func (r *running) until(what string, ok func() bool) {
@@ -97,7 +101,7 @@ func TestTransactionsAreTakenOverAndDelivered(t *testing.T) {
 // server is back it gets the latest of each.
 func TestADeadServersQueueMergesAndIsDelivered(t *testing.T) {
 	w := federation(t, sim.Config{Servers: 1, Shares: sim.Shares{sim.Dead: 1}})
-	r := startWith(t, w, withOutbox(t, quick))
+	r := startWith(t, w, withOutbox(t, unpaced))
 	dest := w.Names()[0]
 	for i := range 20 {
 		r.taken(dest, fmt.Sprint("t", i), []json.RawMessage{message(i)}, []json.RawMessage{us.Presence("alice", "online", fmt.Sprint(i)), us.Receipt("alice", "!r:us.test", fmt.Sprint("$", i), time.Now())})
@@ -212,7 +216,7 @@ func TestTransactionsSurviveKill(t *testing.T) {
 	w := federation(t, sim.Config{Servers: 2, Shares: sim.Shares{sim.Dead: 0.5}})
 	dead := w.NamesOf(sim.Dead)[0]
 	dir := t.TempDir()
-	path := setUp(t, dir, w, withOutbox(t, quick))
+	path := setUp(t, dir, w, withOutbox(t, unpaced))
 	r := &running{t: t, dir: dir, log: &logBuffer{}, notice: notifySocket(t, dir)}
 	r.Client = fedload.NewHook("unix:"+filepath.Join(dir, "front.sock"), secret, us)
 	defer r.Client.Close()
