@@ -17,6 +17,7 @@ const (
 	DefaultSlowDelay   = 5 * time.Second
 	DefaultRate        = 5.0              // requests a second
 	DefaultIdleTimeout = 75 * time.Second // as nginx, which most homeservers stand behind
+	DefaultRemember    = 256              // PDUs
 )
 
 // Config describes a World. Only Servers must be set.
@@ -45,6 +46,11 @@ type Config struct {
 	NoTickets   bool          // never resume a TLS session
 	TLS12       bool          // TLS 1.2 and no newer
 	IdleTimeout time.Duration // until an unused connection is closed; 0: DefaultIdleTimeout
+
+	// Remember is how many of the latest PDUs a server knows when they come
+	// again; others are taken for new. Each costs a comparison with every new
+	// one. 0: DefaultRemember.
+	Remember int
 }
 
 // Origin is a homeserver that sends requests to the simulated ones.
@@ -80,6 +86,12 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Rate == 0 {
 		c.Rate = DefaultRate
+	}
+	if c.Remember < 0 {
+		return c, fmt.Errorf("%d PDUs to remember is negative", c.Remember)
+	}
+	if c.Remember == 0 {
+		c.Remember = DefaultRemember
 	}
 	if c.IdleTimeout == 0 {
 		c.IdleTimeout = DefaultIdleTimeout

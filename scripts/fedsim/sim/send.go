@@ -87,7 +87,7 @@ func (s *server) take(origin, txn string, body []byte, ids, types []string) {
 	fresh := ids[:0:0]
 	if !known {
 		for _, id := range ids {
-			if _, had := s.pdus.add(maphash.String(hashes, id), 0, maxPDUs); !had {
+			if _, had := s.pdus.add(maphash.String(hashes, id), 0, s.world.config.Remember); !had {
 				fresh = append(fresh, id)
 			}
 		}

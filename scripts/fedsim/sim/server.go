@@ -18,11 +18,8 @@ import (
 	"fsbus/bus/matrix"
 )
 
-// Bounds of what one server remembers of what it received.
-const (
-	maxTransactions = 64
-	maxPDUs         = 256
-)
+// maxTransactions bounds how many transactions one server remembers.
+const maxTransactions = 64
 
 // server is one simulated homeserver.
 type server struct {
