@@ -55,8 +55,9 @@ qemu: cross ## the demo's core with the arm binaries, under qemu-user-static
 	CGO_ENABLED=0 go run ./scripts/demo -quick -fsbus 'qemu-arm-static dist/fsbus-linux-armv7'
 	CGO_ENABLED=0 go run ./scripts/demo -quick -fsbus 'qemu-aarch64-static dist/fsbus-linux-arm64'
 
-crash: ## kill -9 the store's writer again and again
+crash: ## kill -9 the store's writer, and fsbus with its clients and servers, again and again
 	FSBUS_STORE_CRASH_ROUNDS=1000 go test -run Kill9 -count=1 -timeout 60m ./store
+	FSBUS_NODE_CRASH_ROUNDS=1000 go test -run KilledAgainAndAgain -count=1 -timeout 60m -v ./bus/node
 
 sim: ## the simulated world, many seeds
 	go test ./bus/sim -count=1 -timeout 60m -seeds 5000

@@ -20,55 +20,65 @@ type held struct {
 // execute does what the core asks for, in order. It runs on the loop's
 // goroutine and never blocks.
 func (n *Node) execute(effects []bus.Effect) {
+	look := n.hooks.effect
+	if look == nil {
+		look = func(bus.Effect, bool) {}
+	}
 	for _, e := range effects {
-		switch e := e.(type) {
-		case bus.Send:
-			n.send(e)
-		case bus.Cancel:
-			if d := n.deliveries[e.Op]; d != nil {
-				d.cancel()
-				break
-			}
-			n.attempts[e.Op].cancel()
-		case bus.Reply:
-			n.reply(e)
-		case bus.Refuse:
-			in := n.ended(e.Req)
-			n.small.Submit(answer{in: in, refusal: &e})
-		case bus.Free:
-			h := n.requests[e.Req]
-			h.in.Release()
-			h.freed = true
-			n.forget(e.Req, h)
-		case bus.Discard:
-			if n.deliveries[e.Op] != nil {
-				delete(n.deliveries, e.Op)
-				break
-			}
-			n.attempts[e.Op].body.Release()
-			delete(n.attempts, e.Op)
-		case bus.Commit:
-			n.commit(e)
-		case bus.Accept:
-			n.accept(e)
-		case bus.Acknowledge:
-			n.small.Submit(answer{in: n.ended(e.Req), taken: true})
-		case bus.Pack:
-			n.pack(e)
-		case bus.Unpack:
-			n.packs[e.Batch].body.Release()
-			delete(n.packs, e.Batch)
-		case bus.Settle:
-			n.settle(e)
-		case bus.Compact:
-			n.compact(e)
-		case bus.Expire:
-			n.expire(e)
-		case bus.Drained:
-			close(n.drained)
-		default:
-			panic(fmt.Sprintf("node: unknown effect %T", e))
+		look(e, false)
+		n.perform(e)
+		look(e, true)
+	}
+}
+
+func (n *Node) perform(e bus.Effect) {
+	switch e := e.(type) {
+	case bus.Send:
+		n.send(e)
+	case bus.Cancel:
+		if d := n.deliveries[e.Op]; d != nil {
+			d.cancel()
+			break
 		}
+		n.attempts[e.Op].cancel()
+	case bus.Reply:
+		n.reply(e)
+	case bus.Refuse:
+		in := n.ended(e.Req)
+		n.small.Submit(answer{in: in, refusal: &e})
+	case bus.Free:
+		h := n.requests[e.Req]
+		h.in.Release()
+		h.freed = true
+		n.forget(e.Req, h)
+	case bus.Discard:
+		if n.deliveries[e.Op] != nil {
+			delete(n.deliveries, e.Op)
+			break
+		}
+		n.attempts[e.Op].body.Release()
+		delete(n.attempts, e.Op)
+	case bus.Commit:
+		n.commit(e)
+	case bus.Accept:
+		n.accept(e)
+	case bus.Acknowledge:
+		n.small.Submit(answer{in: n.ended(e.Req), taken: true})
+	case bus.Pack:
+		n.pack(e)
+	case bus.Unpack:
+		n.packs[e.Batch].body.Release()
+		delete(n.packs, e.Batch)
+	case bus.Settle:
+		n.settle(e)
+	case bus.Compact:
+		n.compact(e)
+	case bus.Expire:
+		n.expire(e)
+	case bus.Drained:
+		close(n.drained)
+	default:
+		panic(fmt.Sprintf("node: unknown effect %T", e))
 	}
 }
 

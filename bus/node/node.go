@@ -74,6 +74,17 @@ type Node struct {
 	trouble   trouble
 
 	pressureFile string // of the goroutine that attends
+
+	hooks hooks
+}
+
+// hooks let tests look on and interfere. A bus at work has none.
+type hooks struct {
+	// event is called before the core gets an event, effect before and after an
+	// effect is executed; both on the loop's goroutine.
+	event  func(bus.Event)
+	effect func(e bus.Effect, done bool)
+	fault  func(store.Op) error // see store.Options
 }
 
 // job is what a sender does.
@@ -109,20 +120,31 @@ func (m machine) Step(now sched.Time, ev event, out []bus.Effect) []bus.Effect {
 	case bus.Gone:
 		m.n.ended(e.Req)
 	}
-	out = m.n.core.Step(now, ev.Event, out)
+	out = m.step(now, ev.Event, out)
 	if ev.then != nil {
-		out = m.n.core.Step(now, ev.then, out)
+		out = m.step(now, ev.then, out)
 	}
 	return out
+}
+
+func (m machine) step(now sched.Time, ev bus.Event, out []bus.Effect) []bus.Effect {
+	if look := m.n.hooks.event; look != nil {
+		look(ev)
+	}
+	return m.n.core.Step(now, ev, out)
 }
 
 func (m machine) NextWake() (sched.Time, bool) { return m.n.core.NextWake() }
 
 // New assembles a bus from a valid configuration. It opens the store and the
 // spool but serves nothing yet.
-func New(ctx context.Context, cfg *Config, version string, log *slog.Logger, level *slog.LevelVar) (_ *Node, err error) {
+func New(ctx context.Context, cfg *Config, version string, log *slog.Logger, level *slog.LevelVar) (*Node, error) {
+	return assemble(ctx, cfg, version, log, level, hooks{})
+}
+
+func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger, level *slog.LevelVar, h hooks) (_ *Node, err error) {
 	n := &Node{
-		log: log, level: level, version: version, started: time.Now(),
+		log: log, level: level, version: version, started: time.Now(), hooks: h,
 		clock:      sched.NewClock(),
 		requests:   make(map[bus.ReqID]*held),
 		attempts:   make(map[bus.OpID]*attempt),
@@ -139,7 +161,7 @@ func New(ctx context.Context, cfg *Config, version string, log *slog.Logger, lev
 		}
 	}()
 	n.store, err = store.Open(ctx, store.Options{
-		Path: filepath.Join(cfg.DataDir, "fsbus.db"), Logger: log,
+		Path: filepath.Join(cfg.DataDir, "fsbus.db"), Logger: log, Fault: h.fault,
 		// A batch for each request and each queue, and for each worker, at
 		// worst. What waits is small: transactions lie in the spool.
 		QueueLen:   int(cfg.Front.MaxConnections) + int(cfg.Outbound.MaxHosts) + int(cfg.Outbound.Workers) + 16,

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -50,7 +49,7 @@ func child(path string) int {
 		return 2
 	}
 	var level slog.LevelVar
-	n, err := New(context.Background(), cfg, "test", NewLogger(os.Stderr, cfg, &level), &level)
+	n, err := assemble(context.Background(), cfg, "test", NewLogger(os.Stderr, cfg, &level), &level, crashHooks(os.Getenv(childCrash)))
 	if err == nil {
 		err = n.Run(context.Background(), nil, nil)
 	}
@@ -126,6 +125,7 @@ type running struct {
 	t      *testing.T
 	node   *Node
 	dir    string
+	path   string // of its configuration
 	hup    chan os.Signal
 	stop   func() // ends it and waits
 	log    *logBuffer
@@ -157,21 +157,42 @@ func start(t *testing.T, w *sim.World, outbound string) *running {
 
 func startWith(t *testing.T, w *sim.World, c config) *running {
 	t.Helper()
+	r := newRunning(t, w, c)
+	r.start(hooks{})
+	return r
+}
+
+// newRunning sets everything up for a bus that does not run yet.
+func newRunning(t *testing.T, w *sim.World, c config) *running {
+	t.Helper()
 	dir := t.TempDir()
-	path := setUp(t, dir, w, c)
-	cfg, err := Load(path)
+	r := &running{t: t, dir: dir, path: setUp(t, dir, w, c), log: &logBuffer{}, notice: notifySocket(t, dir)}
+	r.Client = fedload.NewHook("unix:"+filepath.Join(dir, "front.sock"), secret, us)
+	t.Cleanup(r.Client.Close)
+	r.status = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
+	}}}
+	return r
+}
+
+// start runs the bus in this process, with what is in its directory.
+func (r *running) start(h hooks) {
+	t := r.t
+	t.Helper()
+	cfg, err := Load(r.path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &running{t: t, dir: dir, hup: make(chan os.Signal), log: &logBuffer{}, notice: notifySocket(t, dir)}
 	var level slog.LevelVar
-	if r.node, err = New(t.Context(), cfg, "test", NewLogger(r.log, cfg, &level), &level); err != nil {
+	if r.node, err = assemble(t.Context(), cfg, "test", NewLogger(r.log, cfg, &level), &level, h); err != nil {
 		t.Fatal(err)
 	}
+	t.Setenv("NOTIFY_SOCKET", filepath.Join(r.dir, "notify.sock")) // a bus takes it out of its environment
+	r.hup = make(chan os.Signal)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() {
-		done <- r.node.Run(ctx, r.hup, func() (*Config, error) { return Load(path) })
+		done <- r.node.Run(ctx, r.hup, func() (*Config, error) { return Load(r.path) })
 	}()
 	r.await("READY=1")
 	r.stop = sync.OnceFunc(func() {
@@ -181,12 +202,6 @@ func startWith(t *testing.T, w *sim.World, c config) *running {
 		}
 	})
 	t.Cleanup(r.stop)
-	r.Client = fedload.NewHook("unix:"+filepath.Join(dir, "front.sock"), secret, us)
-	t.Cleanup(r.Client.Close)
-	r.status = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
-	}}}
-	return r
 }
 
 // notifySocket stands in for systemd, which is told when the bus is ready.
@@ -516,41 +531,19 @@ func TestStopLetsRunningRequestsEnd(t *testing.T) {
 // A restart after kill -9 must not begin to hammer hosts that were dead.
 func TestBackOffSurvivesKill(t *testing.T) {
 	w := federation(t, sim.Config{Servers: 2, Shares: sim.Shares{sim.Dead: 0.5}})
-	dir := t.TempDir()
-	path := setUp(t, dir, w, config{})
 	dead := w.NamesOf(sim.Dead)[0]
-	r := &running{t: t, dir: dir, log: &logBuffer{}, notice: notifySocket(t, dir)}
-	run := func() *exec.Cmd {
-		exe, err := os.Executable()
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.Command(exe)
-		cmd.Env = append(os.Environ(), childConfig+"="+path)
-		cmd.Stderr = r.log
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		r.await("READY=1")
-		return cmd
-	}
-	r.status = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
-	}}}
-	first := run()
-	if status, body := ask(t, r, dead, "u1"); status != 502 {
+	k := newKillable(t, w, config{})
+	k.run("", 0)
+	if status, body := ask(t, k.running, dead, "u1"); status != 502 {
 		t.Errorf("answered %d %s", status, body)
 	}
-	for r.report().Store.Commits == 0 { // until the failure is on disk
+	for k.report().Store.Commits == 0 { // until the failure is on disk
 		runtime.Gosched()
 	}
-	first.Process.Kill()
-	first.Wait()
-
-	second := run()
-	defer func() { second.Process.Kill(); second.Wait() }()
-	status, body := ask(t, r, dead, "u2")
-	if rep := r.report(); status != 502 || !strings.Contains(body, "next try in") || rep.Remotes.Attempts != 0 {
+	k.kill()
+	k.run("", 0)
+	status, body := ask(t, k.running, dead, "u2")
+	if rep := k.report(); status != 502 || !strings.Contains(body, "next try in") || rep.Remotes.Attempts != 0 {
 		t.Errorf("after the restart: %d %s, %d attempts", status, body, rep.Remotes.Attempts)
 	}
 }

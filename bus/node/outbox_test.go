@@ -2,14 +2,10 @@ package node
 
 import (
 	"bytes"
-	"context"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"net"
-	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -215,44 +211,21 @@ func TestALargeTransactionIsTakenOver(t *testing.T) {
 func TestTransactionsSurviveKill(t *testing.T) {
 	w := federation(t, sim.Config{Servers: 2, Shares: sim.Shares{sim.Dead: 0.5}})
 	dead := w.NamesOf(sim.Dead)[0]
-	dir := t.TempDir()
-	path := setUp(t, dir, w, withOutbox(t, unpaced))
-	r := &running{t: t, dir: dir, log: &logBuffer{}, notice: notifySocket(t, dir)}
-	r.Client = fedload.NewHook("unix:"+filepath.Join(dir, "front.sock"), secret, us)
-	defer r.Client.Close()
-	r.status = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(dir, "status.sock"))
-	}}}
-	var child *exec.Cmd
-	run := func() {
-		exe, err := os.Executable()
-		if err != nil {
-			t.Fatal(err)
-		}
-		child = exec.Command(exe)
-		child.Env = append(os.Environ(), childConfig+"="+path)
-		child.Stderr = r.log
-		if err := child.Start(); err != nil {
-			t.Fatal(err)
-		}
-		r.await("READY=1")
-	}
-	run()
-	defer func() { child.Process.Kill(); child.Wait() }()
+	k := newKillable(t, w, withOutbox(t, unpaced))
+	k.run("", 0)
 	const each = 10
 	for round := range 3 {
 		for i := range each {
 			n := round*each + i
-			r.taken(dead, fmt.Sprint("t", n), []json.RawMessage{message(n)}, []json.RawMessage{us.ToDevice("alice", "@bob:x", fmt.Sprint("m", n))})
+			k.taken(dead, fmt.Sprint("t", n), []json.RawMessage{message(n)}, []json.RawMessage{us.ToDevice("alice", "@bob:x", fmt.Sprint("m", n))})
 		}
-		child.Process.Kill()
-		child.Wait()
-		run()
+		k.kill()
+		k.run("", 0)
 	}
 	if err := w.SetKind(indexOf(w, dead), sim.Well); err != nil {
 		t.Fatal(err)
 	}
-	r.until("all to be delivered", func() bool { return r.report().Outbox.Destinations == 0 })
+	k.until("all to be delivered", func() bool { return k.report().Outbox.Destinations == 0 })
 	if st := w.Stats().Transactions; st.PDUs != 3*each || st.EDUs != 3*each || st.Duplicates != 0 {
 		t.Errorf("the server got %+v", st)
 	}
