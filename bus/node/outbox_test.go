@@ -37,8 +37,8 @@ func withOutbox(t *testing.T, outbox string) config {
 	return config{outbox: outbox, key: keyFile(t, t.TempDir(), 7)}
 }
 
-// quick is an outbox that neither waits nor holds answers.
-const quick = "ack_pace = \"off\"\npresence_window = \"0s\"\nreceipt_window = \"0s\"\ntyping_window = \"0s\"\n"
+// quick is an outbox in which nothing waits for company.
+const quick = "presence_window = \"0s\"\nreceipt_window = \"0s\"\ntyping_window = \"0s\"\n"
 
 // unpaced has everything answered as soon as it is stored: otherwise what is for a
 // destination that is away is answered last, after half a minute each.
