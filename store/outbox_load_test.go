@@ -207,3 +207,53 @@ func TestWhatIsToBeLoadedCountsByItsBytes(t *testing.T) {
 	want(t, "commits", s.Stats().Commits, int64(1+3)) // three to a MiB
 	wantErr(t, "too large", s.Submit(&Batch{Outbox: []OutboxOp{&Accept{Load: load, Bytes: DefaultQueueBytes}}}, func(error) {}), ErrTooLarge)
 }
+
+// A slow disk does not hold up many transactions for longer than a few: those that
+// wait share a sync. 2 kB is a transaction with one event.
+func TestAThousandTransactionsTakeTenSyncsAtMost(t *testing.T) {
+	const n, size, latency, most = 1000, 2000, 10 * time.Millisecond, 10
+	g := newGate(OpCommit)
+	var syncs atomic.Int64
+	path := newPath(t)
+	s := open(t, Options{Path: path, Fault: func(op Op) error {
+		if op == OpCommit {
+			syncs.Add(1)
+			time.Sleep(latency) // as the disk would
+		}
+		return g.fault(op)
+	}})
+	g.hold(t, s)
+	var r recorder
+	calls := 0
+	for i := range n {
+		body := bodyOf([]string{pdu("!r", i, strings.Repeat("x", size))}, nil)
+		r.submit(t, s, i, &Batch{Outbox: []OutboxOp{lazy(matrix.ServerName(numbered("a", i)), "1", body, &calls)}})
+	}
+	before := syncs.Load()
+	g.leave <- nil
+	r.want(t, n, nil)
+	if took := syncs.Load() - before; took < 1 || took > most {
+		t.Errorf("%d syncs for %d transactions, want 1 to %d", took, n, most)
+	}
+	want(t, "commits", s.Stats().Commits, syncs.Load())
+	want(t, "commits that accepted", s.Stats().Accepting, syncs.Load()-before)
+	want(t, "pending", s.Stats().Outbox.Items, int64(n))
+	audit(t, path)
+}
+
+func TestCommitsThatAcceptAreCounted(t *testing.T) {
+	s := open(t, Options{Path: newPath(t)})
+	accepting := func(of string, n int64) {
+		t.Helper()
+		want(t, "commits that accepted, after "+of, s.Stats().Accepting, n)
+	}
+	put(t, s, up("a.test"))
+	accepting("a host", 0)
+	do(t, s, &Pack{Destination: "a.test", NewID: "b", Now: 1, Origin: origin, MaxBytes: 1 << 20}, &Accept{Destination: "a.test", Items: pdus(t, pdu("!r", 1, "x")), Accepted: 1})
+	accepting("a pack and an accept", 1)
+	pack(t, s, "a.test", "b", 2)
+	accepting("a pack", 1)
+	bad := &Accept{Destination: "a.test", Items: []matrix.Item{{}}}
+	wantErr(t, "an item of no kind", submit(t, s, &Batch{Outbox: []OutboxOp{bad}}), ErrInvalid)
+	accepting("one that was refused", 1)
+}

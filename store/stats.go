@@ -9,6 +9,7 @@ import (
 // Stats are figures for the status page and the metrics. Counts are since Open.
 type Stats struct {
 	Commits    int64         // transactions made durable
+	Accepting  int64         // those of them in which something was accepted
 	Batches    int64         // batches in them
 	Rows       int64         // rows they wrote or deleted
 	Failed     int64         // batches completed with an error
@@ -31,7 +32,7 @@ type counters struct {
 }
 
 // group counts a group of batches. Failed attempts count as no commit.
-func (c *counters) group(errs []error, rows, pruned int64, took time.Duration, outbox OutboxTotals) {
+func (c *counters) group(errs []error, rows, pruned int64, accepting bool, took time.Duration, outbox OutboxTotals) {
 	failed := int64(0)
 	for _, err := range errs {
 		if err != nil {
@@ -47,6 +48,9 @@ func (c *counters) group(errs []error, rows, pruned int64, took time.Duration, o
 	c.s.Outbox = outbox
 	if failed < int64(len(errs)) {
 		c.s.Commits++
+		if accepting {
+			c.s.Accepting++
+		}
 		c.s.LastCommit = took
 		c.s.MaxCommit = max(c.s.MaxCommit, took)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -77,7 +78,7 @@ func (s *Store) write() {
 		errs = append(errs[:0], make([]error, len(group))...)
 		began := time.Now()
 		rows, pruned := s.writer.store(group, errs)
-		s.counters.group(errs, rows, pruned, time.Since(began), s.writer.outbox.totals)
+		s.counters.group(errs, rows, pruned, accepting(group, errs), time.Since(began), s.writer.outbox.totals)
 		for i, j := range group {
 			j.done(errs[i])
 		}
@@ -87,6 +88,16 @@ func (s *Store) write() {
 		j.done(ErrClosed)
 	}
 	s.closeErr = s.shut()
+}
+
+// accepting tells whether a batch that was stored accepts something.
+func accepting(group []job, errs []error) bool {
+	for i, j := range group {
+		if errs[i] == nil && slices.ContainsFunc(j.batch.Outbox, func(op OutboxOp) bool { _, ok := op.(*Accept); return ok }) {
+			return true
+		}
+	}
+	return false
 }
 
 // store stores the group in one transaction and sets in errs, which is all
