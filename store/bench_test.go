@@ -101,13 +101,21 @@ func BenchmarkSQLite(b *testing.B) {
 }
 
 func BenchmarkAppend(b *testing.B) {
+	// What a row of the above takes.
+	benchmarkAppend(b, 130, func(group int) int { return group })
+}
+
+// benchmarkAppend appends rows of so many bytes to a file. limit returns how many
+// share an fsync where group is the most.
+func benchmarkAppend(b *testing.B, size int, limit func(group int) int) {
 	eachGroupSize(b, func(b *testing.B, group int) {
 		f, err := os.Create(filepath.Join(b.TempDir(), "log"))
 		if err != nil {
 			b.Fatal(err)
 		}
 		defer f.Close()
-		row := make([]byte, 130) // what a row of the above takes
+		group = limit(group)
+		row := make([]byte, size)
 		buf := make([]byte, 0, group*len(row))
 		b.ResetTimer()
 		for i := 0; i < b.N; {

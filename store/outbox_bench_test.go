@@ -39,6 +39,20 @@ func BenchmarkAcceptLoad(b *testing.B) {
 	})
 }
 
+// acceptGroup returns how many of benchmarkTxn the writer puts into a group of so
+// many at most.
+func acceptGroup(group int) int {
+	n, bytes := 0, int64(0)
+	for n < group {
+		b := Batch{Outbox: []OutboxOp{benchmarkTxn(n)}}
+		if bytes += b.size(); n > 0 && bytes > maxGroupBytes {
+			break
+		}
+		n++
+	}
+	return n
+}
+
 func benchmarkAccept(b *testing.B, txn func(int) *Accept) {
 	eachGroupSize(b, func(b *testing.B, group int) {
 		s := open(b, Options{Path: newPath(b), MaxGroup: group, QueueBytes: 16 << 20, MaxFileBytes: 1 << 40, MaxDestItems: 1 << 30})
@@ -67,8 +81,13 @@ func benchmarkAccept(b *testing.B, txn func(int) *Accept) {
 	})
 }
 
-// BenchmarkAcceptSQLite inserts the rows that BenchmarkAccept leaves, and does
-// nothing else.
+// BenchmarkAcceptAppend appends the bytes of the events to a file.
+func BenchmarkAcceptAppend(b *testing.B) {
+	benchmarkAppend(b, len(benchmarkTxn(0).Items[0].Payload), acceptGroup)
+}
+
+// BenchmarkAcceptSQLite inserts the rows that BenchmarkAccept leaves, in the same
+// groups, and does nothing else.
 func BenchmarkAcceptSQLite(b *testing.B) {
 	eachGroupSize(b, func(b *testing.B, group int) {
 		path := newPath(b)
@@ -98,12 +117,13 @@ func BenchmarkAcceptSQLite(b *testing.B) {
 		for i := range txns {
 			txns[i] = benchmarkTxn(i)
 		}
+		size, commits := acceptGroup(group), 0
 		b.ResetTimer()
 		for i := 0; i < b.N; {
 			if _, err := begin.exec(); err != nil {
 				b.Fatal(err)
 			}
-			for range min(group, b.N-i) {
+			for range min(size, b.N-i) {
 				a := txns[i]
 				it := &a.Items[0]
 				id, seq := int64(i%1000+1), int64(i+1)
@@ -117,7 +137,9 @@ func BenchmarkAcceptSQLite(b *testing.B) {
 			if _, err := commit.exec(); err != nil {
 				b.Fatal(err)
 			}
+			commits++
 		}
+		b.ReportMetric(float64(b.N)/float64(commits), "rows/commit")
 	})
 }
 
