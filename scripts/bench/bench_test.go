@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"fsbus/bus/matrix"
 	"fsbus/scripts/fedload"
 	"fsbus/scripts/fedsim/sim"
 	"fsbus/scripts/rig"
@@ -58,6 +59,18 @@ func TestTargetsAreTakenFromBothEnds(t *testing.T) {
 	targets := []target{{name: "a"}, {name: "b"}, {name: "c"}}
 	if got := inTurn(targets, 0)[0].name + inTurn(targets, 1)[0].name + targets[0].name; got != "aca" {
 		t.Error(got)
+	}
+}
+
+func TestEventsHaveTheirSizeAndDiffer(t *testing.T) {
+	key, err := matrix.NewSigningKey(make([]byte, 32), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	from := fedload.Homeserver{Name: "example.org", Key: key}
+	one, other := event(from, 1), event(from, 2)
+	if len(one) != eventSize || sim.EventID(one) == sim.EventID(other) {
+		t.Errorf("%d bytes, want %d; %s and %s", len(one), eventSize, sim.EventID(one), sim.EventID(other))
 	}
 }
 

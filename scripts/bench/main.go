@@ -1,7 +1,7 @@
 // Command bench measures fsbus in one run on one machine: against a naive proxy
 // that does the same work without any limit, and against no proxy at all.
 //
-//	go run ./scripts/bench                        everything, about 8 minutes
+//	go run ./scripts/bench                        everything, about 12 minutes
 //	go run ./scripts/bench -run 'overhead|large'  some of it
 //	go run ./scripts/bench -json result.json      with every round, for comparisons
 //
@@ -64,6 +64,8 @@ var scenarios = []struct {
 	{"large", "an answer of 100 MiB", large},
 	{"storm-send", "a transaction for each of 4,000 servers, a third of them dead, at once", stormSend},
 	{"storm-lookups", "a lookup for each of 4,000 servers, a third of them dead, at once", stormLookups},
+	{"fanout", "an event for each of 4,000 servers, at once, through the outbox", fanout},
+	{"destinations", "what a delivered transaction costs with 100, 1,000 and 10,000 destinations", destinations},
 }
 
 func run() int {

@@ -12,6 +12,7 @@ import (
 	"fsbus/bus/matrix"
 	"fsbus/bus/node"
 	"fsbus/scripts/fedload"
+	"fsbus/scripts/fedsim/sim"
 )
 
 func TestAdaptReplacesValuesAndNothingElse(t *testing.T) {
@@ -35,8 +36,14 @@ func TestTheExampleCanBeAdapted(t *testing.T) {
 	}
 	dir := t.TempDir()
 	b := &Bus{Unix: "unix:" + filepath.Join(dir, "s"), TCP: "127.0.0.1:1", Page: "127.0.0.1:2"}
-	settings := b.settings(dir, &Federation{From: fedload.Homeserver{Name: "example.org"}})
+	f, err := NewFederation(dir, sim.Config{Servers: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	settings := b.settings(dir, f)
 	settings["outbound.host_rate"] = "99.0"
+	settings["homeserver.signing_key_path"] = Text(f.KeyFile)
 	config, err := Adapt(string(text), settings)
 	if err != nil {
 		t.Fatal(err)
@@ -52,6 +59,15 @@ func TestTheExampleCanBeAdapted(t *testing.T) {
 	if !slices.Equal(c.Front.Listen, []string{b.Unix, b.TCP}) || c.Status.Listen != b.Page || c.Homeserver.ServerName != matrix.ServerName("example.org") ||
 		c.Outbound.HostRate != 99 || len(c.Federation.IPRangeAllowlist) != 1 {
 		t.Errorf("%+v", c)
+	}
+	// The key that signs is the one that the servers know.
+	key, err := os.ReadFile(f.KeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, _, err := matrix.ParseSigningKeys(key)
+	if err != nil || len(keys) != 1 || keys[0].ID() != f.From.Key.ID() || !slices.Equal(keys[0].Public(), f.From.Key.Public()) {
+		t.Errorf("the file of keys has %v, %v", keys, err)
 	}
 }
 
