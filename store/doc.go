@@ -92,7 +92,7 @@
 //   - The driver is built to use fsync, not fdatasync. On ext4 that adds a
 //     journal write where the log is overwritten in place; mounting with
 //     lazytime spares most of it.
-//   - wal_autocheckpoint 1000 pages, journal_size_limit twice that: see the
+//   - wal_autocheckpoint 500 pages, journal_size_limit twice that: see the
 //     constants in open.go. The log can only outgrow this while another
 //     program keeps a read transaction open; Stats.WALBytes shows it.
 //   - busy_timeout 5 s, for an admin's shell; a writing shell that takes longer

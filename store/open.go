@@ -20,9 +20,9 @@ const (
 	// admin's shell. Nobody of ours ever holds the writer up.
 	busyTimeout = 5 * time.Second
 	// checkpointPages is how long the log gets before it is moved into the
-	// main file: 4 MiB. It bounds the time that Open needs after a crash and
+	// main file: 2 MiB. It bounds the time that Open needs after a crash and
 	// keeps the log's index in one 32 KiB segment (4,062 frames).
-	checkpointPages = 1000
+	checkpointPages = 500
 	// walLimit is what is left of a log that got longer, because of a large
 	// group or because somebody was reading, once it starts over.
 	walLimit = 2 * checkpointPages * pageSize
