@@ -435,7 +435,7 @@ func TestPaceAuto(t *testing.T) {
 		t.Errorf("it begins at %d thousandths a second, want the ceiling", pace())
 	}
 	press(8000, 10*time.Second)
-	if hurried := p.Status(p.now).Lanes[laneHurried].Pace; hurried != 900_000 {
+	if hurried := p.Status(p.now).Lanes[laneHurried].Pace; hurried != 100_000*int64(p.cfg.Hurry) {
 		t.Errorf("on a busy host the hurried pace is %d, want no change", hurried)
 	}
 	if pace() != 10_000 || !strings.Contains(p.Status(p.now).Why, "80.00 %") {

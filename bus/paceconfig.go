@@ -93,7 +93,7 @@ func DefaultPace() PaceConfig {
 		Ack:             AckAuto,
 		Floor:           10,
 		Ceiling:         25,
-		Hurry:           9,
+		Hurry:           8,
 		Hold:            20 * time.Second,
 		MaxHeld:         4000,
 		SmallRoom:       9, // as Synapse: fewer than 10 (send_read_receipt in federation/sender)

@@ -122,8 +122,8 @@ func TestTheWriterSyncsEveryCommit(t *testing.T) {
 	}
 	defer w.conn.close()
 	for pragma, val := range map[string]int64{
-		"synchronous": 2, "foreign_keys": 1, "temp_store": 2, "cache_size": -2048, "wal_autocheckpoint": 1000,
-		"journal_size_limit": 8192000, "busy_timeout": 5000,
+		"synchronous": 2, "foreign_keys": 1, "temp_store": 2, "cache_size": -2048, "wal_autocheckpoint": 500,
+		"journal_size_limit": 4096000, "busy_timeout": 5000,
 	} {
 		got, err := value[int64](t.Context(), w.conn, "PRAGMA "+pragma)
 		if err != nil {

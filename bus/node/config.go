@@ -180,7 +180,7 @@ type OutboxConfig struct {
 	AckPaceFloor   int `toml:"ack_pace_floor" range:"1..10000" reload:"yes"`
 	AckPaceCeiling int `toml:"ack_pace_ceiling" range:"1..10000" reload:"yes"`
 	// AckHurry is by how much faster those are answered behind whose answer an
-	// event probably waits. Default 9.
+	// event probably waits. Default 8.
 	AckHurry int `toml:"ack_hurry" range:"1..100" reload:"yes"`
 	// AckHold is how long an answer is held at most. Default 20 s; a Synapse
 	// waits for 60. With N servers waiting, N in this time is the least pace.

@@ -69,7 +69,10 @@ func demo(ctx context.Context, o options, s *screen) (err error) {
 	defer fed.Close()
 	s.print("%d simulated servers: %d work, %d limit the rate, %d refuse connections, %d accept them and are silent", p.servers,
 		len(fed.NamesOf(sim.Well)), len(fed.NamesOf(sim.Limited)), len(fed.NamesOf(sim.Dead)), len(fed.NamesOf(sim.Hanging)))
-	bus, err := rig.StartBus(ctx, dir, o.fsbus, fed, nil)
+	bus, err := rig.StartBus(ctx, dir, o.fsbus, fed, map[string]string{
+		"homeserver.signing_key_path": rig.Text(fed.KeyFile),
+		"outbox.ack_hold":             rig.Text("5s"), // for the demo to end soon
+	})
 	if err != nil {
 		return err
 	}
@@ -82,7 +85,7 @@ func demo(ctx context.Context, o options, s *screen) (err error) {
 	}
 	memory := !o.quick
 	s.print("%s", table(t, v, memory))
-	problems := append(t.wrong(), v.wrong(memory)...)
+	problems := append(t.wrong(), v.wrong(memory, t.events)...)
 	if len(problems) == 0 {
 		s.print("%s", conclusion(t, v, memory))
 		if o.keep {
@@ -111,6 +114,20 @@ type view struct {
 	took    time.Duration
 }
 
+// delivered waits until the live servers have all events that were taken over for
+// them, or ctx ends.
+func (v *view) delivered(ctx context.Context, events int64, fed *rig.Federation) {
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for fed.Stats().Transactions.PDUs < events {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
 // perform plays the traffic and watches.
 func perform(ctx context.Context, p plan, fed *rig.Federation, bus *rig.Bus, s *screen) (*traffic, *view, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
@@ -133,6 +150,7 @@ func perform(ctx context.Context, p plan, fed *rig.Federation, bus *rig.Bus, s *
 		}
 	}()
 	t.play(ctx)
+	v.delivered(ctx, t.events, fed)
 	v.took = time.Since(start)
 	stopWatching()
 	<-watched

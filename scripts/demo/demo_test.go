@@ -49,12 +49,16 @@ func TestWrongAnswersAreTold(t *testing.T) {
 		y.add(r, fedload.Result{Status: 502, Body: []byte("why")})
 	}
 	tr.capturedLive.add(r, fedload.Result{Status: 404})
+	tr.take(r, fedload.Result{Status: 200, Body: []byte(`{"pdus":{}}`)}, 3)
 	wrong := tr.wrong()
-	if len(wrong) != 5 || !strings.Contains(wrong[0], "1 of 2 were not answered as they should be") || !strings.Contains(wrong[0], "status 502, why") ||
+	if len(wrong) != 6 || !strings.Contains(wrong[0], "1 of 2 were not answered as they should be") || !strings.Contains(wrong[0], "status 502, why") ||
 		!strings.Contains(wrong[2], "status 200") || !strings.Contains(wrong[3], "1 of 3") {
 		t.Errorf("%q", wrong)
 	}
-	if silent := newTraffic(quickPlan, &rig.Federation{World: emptyWorld(t)}, nil, nil).wrong(); len(silent) != 5 {
+	if tr.events != 3 || !strings.Contains(wrong[5], "2 of 3") {
+		t.Errorf("%d events are awaited, %q", tr.events, wrong[5])
+	}
+	if silent := newTraffic(quickPlan, &rig.Federation{World: emptyWorld(t)}, nil, nil).wrong(); len(silent) != 6 {
 		t.Errorf("nothing was asked, which is wrong: %q", silent)
 	}
 }

@@ -71,6 +71,24 @@ func table(t *traffic, v *view, memory bool) string {
 	w.Flush()
 	out.WriteString("\n")
 
+	if o := v.last.Report.Outbox; o != nil {
+		w = tabwriter.NewWriter(&out, 0, 0, 2, ' ', tabwriter.AlignRight)
+		line(left("WHAT BECAME OF THE TRANSACTIONS"), "")
+		for _, row := range []struct {
+			name string
+			n    int64
+		}{
+			{"taken over from the homeserver", o.Accepted},
+			{"sent, with all that waited together", o.Sent - o.Thawed},
+			{"events that live servers got by them", v.servers.Transactions.PDUs},
+			{"dead servers for which some wait", int64(o.Destinations)},
+		} {
+			line(left(row.name), rig.Count(row.n))
+		}
+		w.Flush()
+		out.WriteString("\n")
+	}
+
 	w = tabwriter.NewWriter(&out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	line(left("WHAT FSBUS USED"), "most", "allowed")
 	for _, b := range v.peaks.Budgets {
@@ -101,7 +119,7 @@ func failures(r *node.RemotesReport, f matrix.Failure) int64 {
 }
 
 // wrong lists what fsbus or the servers should not have seen.
-func (v *view) wrong(memory bool) []string {
+func (v *view) wrong(memory bool, events int64) []string {
 	var list []string
 	bad := func(format string, args ...any) { list = append(list, fmt.Sprintf(format, args...)) }
 	if v.peaks.Health != "" {
@@ -132,6 +150,9 @@ func (v *view) wrong(memory bool) []string {
 	if tx := v.servers.Transactions; tx.Repeated+tx.Refused != 0 {
 		bad("%d transactions arrived twice, %d were refused", tx.Repeated, tx.Refused)
 	}
+	if got := v.servers.Transactions.PDUs; events == 0 || got != events {
+		bad("live servers got %d events of the %d that were taken over for them", got, events)
+	}
 	return list
 }
 
@@ -145,7 +166,8 @@ func conclusion(t *traffic, v *view, memory bool) string {
 	connections, _ := v.peaks.Budget(rig.Connections)
 	resident, _ := v.peaks.Budget(rig.Memory)
 	text := fmt.Sprintf("\nWHAT THIS SHOWS: the homeserver asked %s times, %s requests went out. Every live server's answer arrived,\n"+
-		"and what was asked of the dead ones got its error in time, while fsbus had at most %s connections open",
+		"what was asked of the dead ones got its error in time, and events that were taken over reached every live server,\n"+
+		"while fsbus had at most %s connections open",
 		rig.Count(asked), rig.Count(v.last.Report.Remotes.Attempts), rig.Count(connections.Max))
 	if memory {
 		text += fmt.Sprintf("\nand used at most %s of memory", rig.MiB(resident.Max))

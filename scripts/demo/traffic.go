@@ -109,6 +109,12 @@ func answered(res fedload.Result) bool { return res.Err == nil && res.Status == 
 func answeredOrNone(res fedload.Result) bool {
 	return answered(res) || res.Err == nil && res.Status == http.StatusNotFound
 }
+
+// takenOver is what a transaction is answered once it is on disk, whatever the
+// server is like for which it is.
+func takenOver(res fedload.Result) bool {
+	return answered(res) && string(res.Body) == `{"pdus":{}}`
+}
 func failed(res fedload.Result) bool {
 	return res.Err == nil && (res.Status == http.StatusBadGateway || res.Status == http.StatusGatewayTimeout)
 }
@@ -123,7 +129,9 @@ type traffic struct {
 	dead map[matrix.ServerName]bool
 	rng  *rand.Rand
 
-	single, stormLive, stormDead, capturedLive, capturedDead tally
+	single, stormLive, stormDead, capturedLive, capturedDead, taken tally
+
+	events int64 // in transactions for live servers that were taken over; of taken's lock
 }
 
 func newTraffic(p plan, fed *rig.Federation, hook *fedload.Client, say func(string, ...any)) *traffic {
@@ -136,12 +144,13 @@ func newTraffic(p plan, fed *rig.Federation, hook *fedload.Client, say func(stri
 	t.stormDead.about, t.stormDead.right = "storms of lookups, dead servers", failed
 	t.capturedLive.about, t.capturedLive.right = "captured traffic, live servers", answeredOrNone
 	t.capturedDead.about, t.capturedDead.right = "captured traffic, dead servers", failed
+	t.taken.about, t.taken.right = "captured transactions, all servers", takenOver
 	return t
 }
 
 // tallies returns all of them, in the order in which they are shown.
 func (t *traffic) tallies() []*tally {
-	return []*tally{&t.single, &t.stormLive, &t.stormDead, &t.capturedLive, &t.capturedDead}
+	return []*tally{&t.single, &t.stormLive, &t.stormDead, &t.capturedLive, &t.capturedDead, &t.taken}
 }
 
 // play does what the plan says, and returns when all requests have their answers
@@ -164,6 +173,10 @@ func (t *traffic) play(ctx context.Context) {
 		slices.Sort(names)
 		replay := fedload.Replay(t.fed.From.Name, names, "demo", total(t.plan.captured))
 		t.hook.Run(ctx, 200, rig.Paced(background, t.plan.captured, replay), func(r *fedload.Request, res fedload.Result) {
+			if txn, err := matrix.ParseTransaction(r.Body); err == nil {
+				t.take(r, res, len(txn.PDUs))
+				return
+			}
 			t.sort(r, &t.capturedLive, &t.capturedDead).add(r, res)
 		})
 	})
@@ -185,6 +198,16 @@ func (t *traffic) play(ctx context.Context) {
 		})
 	}
 	running.Wait()
+}
+
+// take counts a transaction, and what of it live servers must get.
+func (t *traffic) take(r *fedload.Request, res fedload.Result, events int) {
+	t.taken.add(r, res)
+	if takenOver(res) && !t.dead[r.Destination] {
+		t.taken.mu.Lock()
+		defer t.taken.mu.Unlock()
+		t.events += int64(events)
+	}
 }
 
 // sort returns live or dead, by the server that is asked.
