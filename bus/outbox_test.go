@@ -826,3 +826,64 @@ func TestWithoutAnOutboxWhatIsStoredIsLeftAlone(t *testing.T) {
 	_, is := r.m.Outbox(r.now)
 	r.one("and nothing is known of it", !known && !is)
 }
+
+// A destination that takes long to answer has workers of its own, so that many of
+// them cannot take those of the others; and what matters least waits for company.
+func TestSlowDestinationsKeepToTheirWorkers(t *testing.T) {
+	r := newOutboxRig(t, func(c *Config) {
+		c.Workers, c.Unknown, c.Failing = 16, 16, 4 // 10 for slow ones, 9 of these for events
+		c.Outbox.TypingWindow = 0
+	})
+	slowly := func(dest matrix.ServerName) {
+		r.take(dest, kPDU)
+		s := r.packs()
+		r.step(Connected{s.Op})
+		r.pass(3 * time.Second)
+		r.ends(s, 200)
+		r.settles()
+	}
+	const many = 15
+	for i := range many {
+		slowly(matrix.ServerName(fmt.Sprintf("slow%d.test", i)))
+	}
+	if h, _ := r.m.HostStatus(r.now, "slow0.test"); h.Rank != "slow" {
+		t.Fatalf("its rank is %q", h.Rank)
+	}
+	r.works("quick.test")
+	packs := 0
+	for i := range many {
+		r.take(matrix.ServerName(fmt.Sprintf("slow%d.test", i)), kPDU)
+		packs += len(of[Pack](r.last))
+	}
+	r.one(fmt.Sprintf("%d slow ones have a worker, want 9", packs), packs == 9)
+	r.take("quick.test", kPDU)
+	r.one("the quick one has one at once", len(of[Pack](r.last)) == 1 && of[Pack](r.last)[0].Dest == "quick.test")
+}
+
+func TestWhatMattersLeastWaitsForASlowDestination(t *testing.T) {
+	r := newOutboxRig(t, func(c *Config) { c.Outbox.TypingWindow, c.Outbox.PresenceWindow = 0, 10*time.Second })
+	send := func(took time.Duration) {
+		s := r.packs()
+		r.pass(took)
+		r.ends(s, 200)
+		r.settles()
+	}
+	r.take("h.test", kTyping)
+	send(2 * time.Second)
+	r.take("h.test", kTyping)
+	r.one("it waits", len(of[Pack](r.last)) == 0)
+	if d := r.passTo(time.Minute); d != 4*time.Second {
+		t.Errorf("it goes after %v, want twice the time that an answer took", d)
+	}
+	send(time.Minute / 2)
+	r.take("h.test", kTyping)
+	if d := r.passTo(time.Minute); d != 10*time.Second {
+		t.Errorf("it goes after %v, want the presence window at most", d)
+	}
+	send(10 * time.Millisecond)
+	r.take("h.test", kTyping)
+	r.one("of a quick one it goes at once", len(of[Pack](r.last)) == 1)
+	send(2 * time.Second)
+	r.take("h.test", kPDU)
+	r.one("an event goes at once", len(of[Pack](r.last)) == 1)
+}

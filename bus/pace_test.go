@@ -27,6 +27,8 @@ type pacing struct {
 	dest  map[ReqID]string
 	given []ReqID
 	at    []sched.Time // of given
+
+	longest time.Duration // that an answer may be held; 0: the hold
 }
 
 func startPacing(t *testing.T, change func(*PaceConfig)) *pacing {
@@ -44,8 +46,8 @@ func (p *pacing) release() {
 		if !held {
 			p.Fatalf("answer %d is given, which is not held", req)
 		}
-		if d := p.now.Sub(since); d > p.cfg.Hold {
-			p.Fatalf("answer %d was held for %v, %v at most", req, d, p.cfg.Hold)
+		if d := p.now.Sub(since); d > max(p.cfg.Hold, p.longest) {
+			p.Fatalf("answer %d was held for %v, %v at most", req, d, max(p.cfg.Hold, p.longest))
 		}
 		delete(p.since, req)
 		p.given = append(p.given, req)
@@ -785,5 +787,73 @@ func BenchmarkPace(b *testing.B) {
 		p.Held(now, ReqID(i), names[i%4000], txn)
 		out = p.Release(now, out[:0])
 		now = now.Add(4 * time.Millisecond)
+	}
+}
+
+// Who cannot be reached is answered last, and not before twice the hold is over; an
+// event of its room changes nothing. When it is back what it may have missed comes
+// soon.
+func TestPaceAwayComesLast(t *testing.T) {
+	p := startPacing(t, func(c *PaceConfig) { c.Ack, c.Hold = 10, 20*time.Second })
+	p.longest = 40 * time.Second
+	p.fill("!big", 30)
+	away := typing("!big")
+	away.Away = true
+	for _, d := range []string{"d0", "d1"} {
+		if got := p.lane(d, away); got != laneAway {
+			t.Errorf("%s is in lane %v", d, got)
+		}
+	}
+	p.hold("d2", event("!big", 1)) // its news goes past those that are away
+	p.pass(39 * time.Second)
+	if len(p.given) != 1 || p.dest[p.given[0]] != "d2" {
+		t.Errorf("%d answers are given while two are away, want that of d2", len(p.given))
+	}
+	if given := p.pass(time.Second); len(given) != 2 || p.counts.Away != 2 || p.counts.Late != 0 {
+		t.Errorf("%d are given in the end, %+v", len(given), p.counts)
+	}
+
+	p.hold("d0", away)
+	p.hold("d1", away)
+	p.Reach(p.now, "d0", false)
+	if h := p.rooms.dests["d0"].held; h.lane != laneHurried {
+		t.Errorf("back, its answer is in lane %v", h.lane)
+	}
+	if given := p.pass(time.Second); len(given) != 1 || p.dest[given[0]] != "d0" {
+		t.Errorf("given: %v, want that of d0", given)
+	}
+	p.Reach(p.now, "d2", true)
+	p.hold("d3", typing("!big")) // takes the turn
+	if got := p.lane("d2", typing("!big")); got != laneSteady {
+		t.Errorf("Held knows better than an older Reach, but the answer is in lane %v", got)
+	}
+	p.Reach(p.now, "d2", true)
+	if h := p.rooms.dests["d2"].held; h == nil || h.lane != laneAway {
+		t.Error("what is held when it cannot be reached any more is not in the lane for that")
+	}
+	p.Reach(p.now, "nobody", true) // is not remembered for that
+	if p.rooms.dests["nobody"] != nil {
+		t.Error("a destination is known of which no answer was ever held")
+	}
+}
+
+// A slow destination gets an event of a large room before the others.
+func TestPaceSlowOnesGetAnEventFirst(t *testing.T) {
+	p := startPacing(t, func(c *PaceConfig) { c.Ack = 10 })
+	p.fill("!big", 30)
+	for i := range 29 {
+		x := typing("!big")
+		x.Slow = i >= 27
+		p.hold(fmt.Sprint("d", i), x)
+	}
+	n := len(p.given)
+	p.hold("d29", event("!big", 1))
+	p.pass(50 * time.Millisecond)
+	var first []string
+	for _, req := range p.given[n:] {
+		first = append(first, p.dest[req])
+	}
+	if !slices.Contains(first, "d27") || !slices.Contains(first, "d28") || len(first) > 8 {
+		t.Errorf("given within 50 ms: %v, want d27 and d28 among them", first)
 	}
 }

@@ -15,6 +15,21 @@
 //     A goroutine of a reply pool streams the spooled body to the homeserver
 //     and closes the connection.
 //
+// And to a transaction, if there is a signing key (takeover.go):
+//
+//  1. ingest has it parsed and, now and then, its signature verified, and posts
+//     bus.Offered. What cannot be taken over goes the way above.
+//  2. The core's effects become operations of the store (outboxstore.go), which
+//     reads the transaction's items from the body, one transaction at a time, and
+//     makes one commit of what waits. What it did is posted as it takes effect.
+//  3. bus.Acknowledge has a replier answer the homeserver.
+//  4. A packed transaction lies in the spool until it is settled. A sender signs it
+//     and takes it to its destination (deliver.go).
+//
+// Of bodies that are so large that they lie on disk, one is in memory at a time
+// where transactions are taken apart or signed (takeover.bulk), and one more where
+// the store packs or loads.
+//
 // Two pools write answers, so that readers that are slow to take a large one
 // cannot hold up the small ones: what is known to be small goes to one, all
 // else to the other.
