@@ -292,8 +292,7 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 	}
 	err = n.attend(ctx, failed, hup, load)
 	admin.close()
-	n.stop(page, time.Duration(cfg.DrainTimeout))
-	stopLoop()
+	n.stop(page, time.Duration(cfg.DrainTimeout), stopLoop)
 	return err
 }
 
@@ -340,7 +339,7 @@ func (n *Node) attend(ctx context.Context, failed <-chan error, hup <-chan os.Si
 // stop takes nothing new, lets what runs come to an end for a while, and
 // closes. Requests that are still waiting then lose their connection, which to
 // Synapse looks like a bus that restarts, as it is.
-func (n *Node) stop(page *http.Server, patience time.Duration) {
+func (n *Node) stop(page *http.Server, patience time.Duration, stopLoop func()) {
 	n.draining.Store(true)
 	n.notify.Stopping()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -363,6 +362,7 @@ func (n *Node) stop(page *http.Server, patience time.Duration) {
 			d.cancel()
 		}
 	})
+	stopLoop() // it might give more work to the pools that are closed now
 	closing, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	for _, closed := range []error{n.senders.Close(closing), n.small.Close(ctx), n.large.Close(ctx)} {

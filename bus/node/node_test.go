@@ -528,6 +528,30 @@ func TestStopLetsRunningRequestsEnd(t *testing.T) {
 	}
 }
 
+// What does not end in time loses its connection; that there is more in the queue
+// than workers does no harm.
+func TestStopDropsWhatDoesNotEnd(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 40, Shares: sim.Shares{sim.Hanging: 1}})
+	r := start(t, w, "workers = 8\nunknown_hosts = 8\nfailing_hosts = 8\nconnect_timeout = \"1m\"\ntls_timeout = \"1m\"")
+	r.node.cfg.Load().DrainTimeout = Duration(time.Millisecond)
+	ctx, gone := context.WithCancel(t.Context())
+	var ended sync.WaitGroup
+	for _, dest := range w.Names() {
+		ended.Go(func() {
+			if res := r.Do(ctx, fedload.Lookup(dest, "alice")); res.Status == 200 {
+				t.Errorf("%s has answered", dest)
+			}
+		})
+	}
+	r.until("all to wait", func() bool {
+		rep := r.report()
+		return rep.Budgets[3].Used == 40 && rep.Remotes.Attempts >= 6
+	})
+	r.stop()
+	gone() // as when the process ends
+	ended.Wait()
+}
+
 // A restart after kill -9 must not begin to hammer hosts that were dead.
 func TestBackOffSurvivesKill(t *testing.T) {
 	w := federation(t, sim.Config{Servers: 2, Shares: sim.Shares{sim.Dead: 0.5}})
