@@ -122,6 +122,7 @@ func writeMetrics(w io.Writer, r *Report) error {
 
 	e.one("fsbus_store_commits_total", "counter", "Transactions made durable.", float64(r.Store.Commits))
 	e.one("fsbus_store_commits_accepting_total", "counter", "Those with transactions of the homeserver.", float64(r.Store.Accepting))
+	e.one("fsbus_store_batches_total", "counter", "Batches made durable; several share a transaction.", float64(r.Store.Batches))
 	e.one("fsbus_store_rows_total", "counter", "Rows written or deleted.", float64(r.Store.Rows))
 	e.one("fsbus_store_failed_total", "counter", "Batches that could not be written.", float64(r.Store.Failed))
 	e.one("fsbus_store_commit_seconds", "gauge", "Duration of the last commit.", r.Store.LastCommitSeconds)

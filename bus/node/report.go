@@ -133,6 +133,7 @@ type CacheReport struct {
 // StoreReport is the database.
 type StoreReport struct {
 	Commits           int64   `json:"commits"`
+	Batches           int64   `json:"batches"`           // in them
 	Accepting         int64   `json:"commits_accepting"` // with transactions of the homeserver
 	Rows              int64   `json:"rows"`
 	Failed            int64   `json:"failed"`
@@ -260,7 +261,7 @@ func newHostReport(now sched.Time, w *bus.HostStatus) HostReport {
 
 func storeReport(s store.Stats) StoreReport {
 	return StoreReport{
-		Commits: s.Commits, Accepting: s.Accepting, Rows: s.Rows, Failed: s.Failed, LastCommitSeconds: seconds(s.LastCommit), MaxCommitSeconds: seconds(s.MaxCommit),
+		Commits: s.Commits, Batches: s.Batches, Accepting: s.Accepting, Rows: s.Rows, Failed: s.Failed, LastCommitSeconds: seconds(s.LastCommit), MaxCommitSeconds: seconds(s.MaxCommit),
 		FileBytes: s.FileBytes, WALBytes: s.WALBytes, Queue: s.QueueLen,
 	}
 }
