@@ -126,7 +126,7 @@ func (m *Machine) offered(ev Offered) {
 	}
 	m.stats.Requests[ev.Class]++
 	if m.waiting() >= int(m.cfg.MaxRequests) {
-		m.refuse1(ev.Req, 503, "fsbus: too many requests are waiting")
+		m.refuseOffer(ev.Req, "fsbus: too many requests are waiting")
 		m.emit(Free{ev.Req})
 		return
 	}
@@ -135,9 +135,11 @@ func (m *Machine) offered(ev Offered) {
 	m.emit(Accept{Req: ev.Req})
 }
 
-func (m *Machine) refuse1(req ReqID, status int, text string) {
-	m.stats.Refused[status/100]++
-	m.emit(Refuse{Req: req, Status: status, Code: matrix.MUnknown, Text: text})
+// refuseOffer answers a transaction in such a way that the homeserver keeps it and
+// tries again.
+func (m *Machine) refuseOffer(req ReqID, text string) {
+	m.stats.Refused[5]++
+	m.emit(Refuse{Req: req, Status: 503, Code: matrix.MUnknown, Text: text})
 }
 
 // accepted: the store has taken a transaction over, or has not.
@@ -193,7 +195,7 @@ func (m *Machine) notAccepted(of *offer, ev Accepted) {
 		o.stats.NotStored++
 	}
 	if !of.gone {
-		m.refuse1(ev.Req, 503, text)
+		m.refuseOffer(ev.Req, text)
 	}
 }
 
