@@ -35,6 +35,7 @@ const (
 type call struct {
 	key      Key
 	queue    *queue // of a delivery, which has no leader and no waiters
+	probe    bool   // its host was failing when the queue got its place
 	batch    BatchID
 	txn      TxnInfo
 	expire   *sched.Timer[timer] // when a delivery is given up

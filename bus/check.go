@@ -103,13 +103,16 @@ func (m *Machine) checkOutbox() error {
 	}
 	var active sched.Slots
 	busy := 0
-	listed := 0
+	var probes sched.Slots
 	for name, q := range o.queues {
 		if q.name != name {
 			return fmt.Errorf("queue %s is filed under %s", q.name, name)
 		}
 		if c := q.call; c != nil {
 			active++
+			if c.probe {
+				probes++
+			}
 			if c.queue != q || c.phase == phaseEnded || q.busy {
 				return fmt.Errorf("queue %s: its call is in phase %d and another's: %t, busy: %t", name, c.phase, c.queue != q, q.busy)
 			}
@@ -117,8 +120,8 @@ func (m *Machine) checkOutbox() error {
 		if q.busy {
 			busy++
 		}
-		if q.listed {
-			listed++
+		if h := m.hosts[name]; q.listed && o.active.Free() > 0 && (h == nil || h.lane(m.now) != laneFailing || o.probes.Free() > 0) {
+			return fmt.Errorf("queue %s is in line while %d places are free, and %d for probes", name, o.active.Free(), o.probes.Free())
 		}
 		_, may := m.nextTry(q)
 		if may && q.call == nil && !q.busy && q.timer == nil && !q.listed {
@@ -137,8 +140,8 @@ func (m *Machine) checkOutbox() error {
 	if busy != len(o.settles)+len(o.trims)-sweeps || sweeps > 1 {
 		return fmt.Errorf("%d queues are busy, the store settles %d and trims %d, sweeps %d", busy, len(o.settles), len(o.trims), sweeps)
 	}
-	if listed > 0 && o.active.Free() > 0 {
-		return fmt.Errorf("%d queues are in line while %d places are free", listed, o.active.Free())
+	if probes != o.probes.Used || probes > o.probes.Limit && probes > o.probes.Max {
+		return fmt.Errorf("%d queues have a call for a probe, the gauge says %d of %d", probes, o.probes.Used, o.probes.Limit)
 	}
 	stored := 0
 	for _, of := range o.offers {

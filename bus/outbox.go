@@ -20,9 +20,10 @@ type outbox struct {
 
 	// active are the queues that have a call. Those that want one and find no
 	// place stand in lines, by class; one that gets something better stands in a
-	// better line, too.
-	active sched.Gauge
-	lines  [matrix.NumClasses + 1]sched.FIFO[*queue]
+	// better line, too. Those of failing hosts are probes: they have few of the
+	// places, since each may keep its own for long, and the last line, number 0.
+	active, probes sched.Gauge
+	lines          [matrix.NumClasses + 1]sched.FIFO[*queue]
 
 	packs   map[BatchID]*call
 	settles map[BatchID]settling
@@ -105,6 +106,7 @@ func (m *Machine) configureOutbox() {
 		return
 	}
 	o.active.Limit = sched.Slots(m.cfg.MaxHosts-m.cfg.MaxRequests) - m.cfg.Workers - 1
+	o.probes.Limit = min(probesEach*m.cfg.Failing, max(1, o.active.Limit/2))
 	if o.pacer == nil {
 		o.pacer = NewPacer(m.cfg.Outbox.Pace)
 		return
@@ -342,21 +344,29 @@ func (m *Machine) nextTry(q *queue) (at sched.Time, ok bool) {
 // activate makes a call for the queue, or puts it in line for one.
 func (m *Machine) activate(q *queue) {
 	o := &m.outbox
+	h := m.hosts[q.name]
 	class := q.class()
-	if o.active.Free() == 0 {
+	line, probe := class, h != nil && h.lane(m.now) == laneFailing
+	if probe {
+		line = 0
+	}
+	if o.active.Free() == 0 || probe && o.probes.Free() == 0 {
 		q.listed = true
-		if q.inLines&(1<<class) == 0 {
-			q.inLines |= 1 << class
-			o.lines[class].Push(q)
+		if q.inLines&(1<<line) == 0 {
+			q.inLines |= 1 << line
+			o.lines[line].Push(q)
 		}
 		return
 	}
-	h := m.hosts[q.name]
+	q.listed = false // whatever entries there are
 	if h == nil {
 		h = m.newHost(q.name)
 	}
 	o.active.Take()
-	q.call = &call{queue: q, host: h, endpoint: sendEndpoint, class: class, queued: m.now}
+	if probe {
+		o.probes.Take()
+	}
+	q.call = &call{queue: q, probe: probe, host: h, endpoint: sendEndpoint, class: class, queued: m.now}
 	m.enqueue(q.call)
 }
 
@@ -370,7 +380,7 @@ func (m *Machine) hasten(q *queue, c *call) {
 		return
 	}
 	m.unqueue(c)
-	q.call = &call{queue: q, host: c.host, endpoint: sendEndpoint, class: class, queued: c.queued}
+	q.call = &call{queue: q, probe: c.probe, host: c.host, endpoint: sendEndpoint, class: class, queued: c.queued}
 	m.enqueue(q.call)
 }
 
@@ -388,6 +398,9 @@ func (m *Machine) leave(q *queue) {
 	if q.call.batch != 0 && m.outbox.packs[q.call.batch] == nil {
 		m.emit(Unpack{q.call.batch})
 	}
+	if q.call.probe {
+		o.probes.Give()
+	}
 	q.call.phase = phaseEnded
 	q.call = nil
 	o.active.Give()
@@ -397,19 +410,26 @@ func (m *Machine) leave(q *queue) {
 // admit gives free places to those that stand in line for one.
 func (m *Machine) admit() {
 	o := &m.outbox
-	for class := range o.lines {
-		for o.active.Free() > 0 {
-			next, ok := o.lines[class].Pop()
-			if !ok {
-				break
-			}
-			next.inLines &^= 1 << class
-			if next.listed && o.queues[next.name] == next {
-				next.listed = false
-				m.plan(next)
-			}
+	for line := 1; line < len(o.lines); line++ {
+		for o.active.Free() > 0 && m.admitOne(line) {
 		}
 	}
+	for o.active.Free() > 0 && o.probes.Free() > 0 && m.admitOne(0) {
+	}
+}
+
+// admitOne takes the first out of a line; false if nobody stands there.
+func (m *Machine) admitOne(line int) bool {
+	next, ok := m.outbox.lines[line].Pop()
+	if !ok {
+		return false
+	}
+	next.inLines &^= 1 << line
+	if next.listed && m.outbox.queues[next.name] == next {
+		next.listed = false
+		m.plan(next)
+	}
+	return true
 }
 
 // wake has a queue tried whose destination has just shown that it can be reached.

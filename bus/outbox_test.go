@@ -887,3 +887,30 @@ func TestWhatMattersLeastWaitsForASlowDestination(t *testing.T) {
 	r.take("h.test", kPDU)
 	r.one("an event goes at once", len(of[Pack](r.last)) == 1)
 }
+
+// However many destinations are dead, those that work have their places.
+func TestDeadDestinationsLeavePlacesToOthers(t *testing.T) {
+	const dead, places = 100, 60
+	r := newOutboxRig(t, func(c *Config) {
+		c.Workers, c.Unknown, c.Failing = 16, 16, 2
+		c.MaxRequests, c.MaxHosts = 100, 100+16+1+places
+	})
+	var ev Restored
+	for i := range dead {
+		name := matrix.ServerName(fmt.Sprintf("dead%d.test", i))
+		b := r.backlog(name)
+		b.Items[kPDU], b.Oldest = 1, r.now.Add(-time.Minute)
+		ev.Queues = append(ev.Queues, QueueRecord{name, *b})
+		ev.Hosts = append(ev.Hosts, HostRecord{Name: name, Failures: 3, LastFailure: matrix.FailRefused, NextTry: r.now})
+	}
+	r.step(ev)
+	for range dead { // their turns come; no intent is ever written
+		r.passTo(time.Second)
+	}
+	o := &r.m.outbox
+	r.one(fmt.Sprintf("%d probes of %d and %d places of %d are taken", o.probes.Used, o.probes.Limit, o.active.Used, o.active.Limit),
+		o.probes.Used == 2*probesEach && o.active.Used == o.probes.Used && o.active.Limit == places)
+	r.works("quick.test")
+	r.take("quick.test", kPDU)
+	r.one("the one that works is served at once", len(of[Pack](r.last)) == 1 && of[Pack](r.last)[0].Dest == "quick.test")
+}

@@ -67,6 +67,9 @@ const (
 	spreadEach = 20 * time.Millisecond
 	// maxSpread bounds all of that.
 	maxSpread = 2 * time.Minute
+	// probesEach is how many queues of failing hosts may have a call for each
+	// worker that there is for them.
+	probesEach = 4
 	// sweepEvery is how often what has expired is looked for.
 	sweepEvery = time.Minute
 	// compactEvery is how often one destination is compacted at most.
