@@ -278,7 +278,7 @@ func (m *Machine) trimmed(ev Trimmed) {
 	if q == nil {
 		o.sweeping = false
 		for _, r := range ev.Changed {
-			m.backlog(r.Name, r.Backlog, [matrix.NumKinds + 1]int32{})
+			m.backlog(r.Name, r.Backlog, [matrix.NumKinds + 1]int32{}, 0)
 		}
 		if ev.OK && ev.Next != 0 && !m.draining {
 			m.sweepAll(ev.Next)

@@ -167,7 +167,7 @@ func (m *Machine) accepted(ev Accepted) {
 			o.stats.ItemsIn[k] += int64(n)
 		}
 	}
-	m.backlog(of.dest, ev.Backlog, ev.Kinds)
+	m.backlog(of.dest, ev.Backlog, ev.Kinds, o.pacer.Pause(m.now, of.txn))
 	if of.gone {
 		delete(o.offers, ev.Req)
 		return
@@ -202,8 +202,8 @@ func (m *Machine) notAccepted(of *offer, ev Accepted) {
 }
 
 // backlog notes what the store holds for a destination, and how soon what came
-// with it must go.
-func (m *Machine) backlog(dest matrix.ServerName, b Backlog, came [matrix.NumKinds + 1]int32) {
+// with it must go: not before pause is over.
+func (m *Machine) backlog(dest matrix.ServerName, b Backlog, came [matrix.NumKinds + 1]int32, pause time.Duration) {
 	o := &m.outbox
 	q := o.queues[dest]
 	if q == nil {
@@ -214,7 +214,7 @@ func (m *Machine) backlog(dest matrix.ServerName, b Backlog, came [matrix.NumKin
 	}
 	q.Backlog = b
 	if window, any := m.window(came); any {
-		if b.class() == matrix.ClassPresence {
+		if window = max(window, pause); b.class() == matrix.ClassPresence {
 			window = max(window, m.patient(dest))
 		}
 		if due := m.now.Add(window); q.due == 0 || due < q.due {
@@ -449,7 +449,7 @@ func (m *Machine) wake(h *host) {
 
 // adjusted: an admin has changed what the store holds.
 func (m *Machine) adjusted(ev Adjusted) {
-	m.backlog(ev.Dest, ev.Backlog, [matrix.NumKinds + 1]int32{})
+	m.backlog(ev.Dest, ev.Backlog, [matrix.NumKinds + 1]int32{}, 0)
 	q := m.outbox.queues[ev.Dest]
 	if q == nil {
 		return

@@ -310,6 +310,35 @@ func (p *Pacer) give(now sched.Time, h *heldAnswer) {
 	p.free = append(p.free, h.req)
 }
 
+// While the homeserver makes this many transactions within two seconds, deliveries
+// that can wait leave it the processors: what matters least from stormOf on for
+// stormPause, and from burstOf on, which is more than any pace and so a fan-out
+// that found no answer held, events of large rooms for burstPause.
+const (
+	stormOf, stormPause = 100, 2 * time.Second
+	burstOf, burstPause = 600, time.Second
+)
+
+// Pause is how long the delivery of a transaction that has just arrived should
+// wait, because the homeserver is busy with making more of them.
+func (p *Pacer) Pause(now sched.Time, t PaceTxn) time.Duration {
+	p.countArrivals(now)
+	switch n := p.arriving + p.arrivals; {
+	case n < stormOf || t.Device:
+		return 0
+	case len(t.PDUs) == 0:
+		return stormPause
+	case n < burstOf:
+		return 0
+	}
+	for _, pdu := range t.PDUs {
+		if room := p.rooms.byID[pdu.Room]; room == nil || !room.big {
+			return 0 // perhaps somebody waits for it in a conversation
+		}
+	}
+	return burstPause
+}
+
 // Gone says that the homeserver closed the connection of a transaction. It
 // does nothing if the answer is not held.
 func (p *Pacer) Gone(now sched.Time, req ReqID) {

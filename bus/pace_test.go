@@ -857,3 +857,40 @@ func TestPaceSlowOnesGetAnEventFirst(t *testing.T) {
 		t.Errorf("given within 50 ms: %v, want d27 and d28 among them", first)
 	}
 }
+
+// While the homeserver makes many transactions, deliveries that can wait do.
+func TestPauseOfDeliveries(t *testing.T) {
+	p := startPacing(t, func(c *PaceConfig) { c.MaxHeld = 2000; c.MaxDestinations = 4000 })
+	p.fill("!big", 30)
+	device := typing("!big")
+	device.Device = true
+	check := func(when string, least, large, both, small, devices time.Duration) {
+		t.Helper()
+		mixed := event("!big", 1)
+		mixed.PDUs = append(mixed.PDUs, PaceMark{Room: "!small", Mark: 2})
+		for _, tt := range []struct {
+			what string
+			txn  PaceTxn
+			want time.Duration
+		}{
+			{"what matters least", typing("!big"), least}, {"an event of a large room", event("!big", 1), large},
+			{"events of a large room and another", mixed, both}, {"an event of an unknown room", event("!small", 1), small}, {"device lists", device, devices},
+		} {
+			if got := p.Pause(p.now, tt.txn); got != tt.want {
+				t.Errorf("%s, %s waits for %v, want %v", when, tt.what, got, tt.want)
+			}
+		}
+	}
+	arrive := func(n int) {
+		for range n {
+			p.hold(fmt.Sprint("x", p.next), typing("!big"))
+		}
+	}
+	check("at rest", 0, 0, 0, 0, 0)
+	arrive(stormOf)
+	check("in a storm", stormPause, 0, 0, 0, 0)
+	arrive(burstOf - stormOf)
+	check("in a burst", stormPause, burstPause, 0, 0, 0)
+	p.pass(3 * time.Second)
+	check("afterwards", 0, 0, 0, 0, 0)
+}
