@@ -28,7 +28,7 @@
 // it, or gives an old answer. Else it becomes a call in its host's queue, and
 // dispatch starts it when a worker is free: classes share the workers by
 // weight, and each, with all below it, keeps to a share of them; hosts that are
-// proven, unknown and failing have workers of their own (lanes); within a class
+// proven, slow, unknown and failing have workers of their own (lanes); within a class
 // hosts take turns. What has waited for long rides on a better class's turn,
 // and in a flood of look-ups every other turn goes to the newest.
 //
