@@ -259,10 +259,14 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 	n.small = sched.NewPool(smallRepliers, answers, n.write, n.unwritten)
 	n.large = sched.NewPool(largeRepliers, answers, n.write, n.unwritten)
 
-	loopCtx, stopLoop := context.WithCancel(context.Background())
-	defer stopLoop()
+	loopCtx, cancelLoop := context.WithCancel(context.Background())
+	defer cancelLoop()
+	looped := make(chan struct{})
 	failed := make(chan error, len(listeners.front)+2)
-	serve(loopCtx, n.loop.Run)
+	serve(loopCtx, func(ctx context.Context) {
+		defer close(looped)
+		n.loop.Run(ctx)
+	})
 	n.loop.Post(event{Event: bus.Restored{Hosts: fromStore(hosts), Queues: queues}})
 	for _, ln := range listeners.front {
 		serve(ctx, func(context.Context) {
@@ -292,7 +296,7 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 	}
 	err = n.attend(ctx, failed, hup, load)
 	admin.close()
-	n.stop(page, time.Duration(cfg.DrainTimeout), stopLoop)
+	n.stop(page, time.Duration(cfg.DrainTimeout), func() { cancelLoop(); <-looped })
 	return err
 }
 
