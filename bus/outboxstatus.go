@@ -113,7 +113,7 @@ func (m *Machine) queueStatus(now sched.Time, q *queue) QueueStatus {
 	case !timed:
 		s.State, s.Why = "idle", "nothing is pending for it"
 	case at > now && h != nil && h.Failures > 0 && !h.reachable && h.NextTry >= at:
-		s.State, s.NextTry, s.Why = "backing off", at, h.why(now)
+		s.State, s.NextTry, s.Why = "backing off", at, fmt.Sprintf("it cannot be reached: %s; attempts that failed in a row: %d", h.Cause(), h.Failures)
 		if s.LastError == "" {
 			s.LastError = h.Cause()
 		}

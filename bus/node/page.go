@@ -123,10 +123,13 @@ func (p page) cells(cells ...any) {
 }
 
 // nextTry says when a destination is tried again. One whose time has come is
-// tried when the homeserver next asks for it.
+// tried when there is a worker, or when the homeserver next asks for it.
 func (h *HostReport) nextTry() string {
 	if h.NextTryIn > 0 {
 		return "in " + secs(h.NextTryIn)
+	}
+	if h.Waiting > 0 {
+		return "with the next worker"
 	}
 	return "when asked"
 }
