@@ -119,9 +119,15 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 		n.loop.Post(event{Event: answered})
 		err = fill(a.body, nil, resp.Body, ep.MaxResponse)
 	}
-	switch {
-	case err == nil:
+	if err == nil {
 		return matrix.FailNone, ""
+	}
+	return n.unfilled(err)
+}
+
+// unfilled says why an answer's body could not be filled.
+func (n *Node) unfilled(err error) (matrix.Failure, string) {
+	switch {
 	case errors.Is(err, errAnswerTooLarge):
 		return matrix.FailTooLarge, err.Error()
 	case errors.Is(err, netx.ErrSpoolFull):

@@ -355,6 +355,16 @@ func secretProblem(secret []byte) string {
 	return ""
 }
 
+// has reports whether name is a key of the section.
+func (o *OutboxConfig) has(name string) bool {
+	for _, f := range new(Config).fields() {
+		if f.section == "outbox" && f.name == name {
+			return true
+		}
+	}
+	return false
+}
+
 // core lets the core check the limits that contradict one another. It reports
 // one at a time; each is then put right, to hear of the others as well.
 func (k *checker) core() {

@@ -3,7 +3,6 @@ package node
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -15,7 +14,8 @@ import (
 )
 
 // maxSendAnswer is how much of the answer to a transaction is read: an id and an
-// error for each of 50 events take far less.
+// error for each of 50 events take far less. It lies in the spool, so that however
+// many destinations answer with so much, memory holds as much as it may.
 const maxSendAnswer = 256 << 10
 
 // delivery is an attempt to deliver a packed transaction.
@@ -86,16 +86,23 @@ func (n *Node) transact(d *delivery) (*bus.Answered, bus.Done) {
 	}
 	defer resp.Body.Close()
 	answered := &bus.Answered{Op: d.op, Status: resp.StatusCode}
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxSendAnswer+1))
+	answer := n.spool.New()
+	defer answer.Release()
+	err = fill(answer, nil, resp.Body, maxSendAnswer)
+	answer.CloseWrite(err)
+	var body []byte
+	if err == nil {
+		var letGo func()
+		body, letGo, err = n.takeover.whole(answer, answer.Size())
+		defer letGo()
+	}
 	if resp.StatusCode == http.StatusTooManyRequests {
 		answered.RetryAfter, _ = matrix.ParseRetryAfter(resp.Header.Get("Retry-After"), body, time.Now())
 	}
-	done := bus.Done{Op: d.op, Sent: true, Size: int64(len(body))}
+	done := bus.Done{Op: d.op, Sent: true, Size: answer.Size()}
 	switch {
 	case err != nil:
-		done.Failure, done.Detail = netx.FailureOf(err), explain(err)
-	case len(body) > maxSendAnswer:
-		done.Failure, done.Detail = matrix.FailTooLarge, fmt.Sprintf("more than %d bytes", maxSendAnswer)
+		done.Failure, done.Detail = n.unfilled(err)
 	case resp.StatusCode == http.StatusOK:
 		refused, err := matrix.ParseSendAnswer(body)
 		if err != nil {

@@ -77,13 +77,3 @@ func (k *checker) signingKeys() {
 			"the homeserver's signing key file, readable for the user who runs fsbus (the file that signing_key_path of its homeserver.yaml names)")
 	}
 }
-
-// has reports whether name is a key of the section.
-func (o *OutboxConfig) has(name string) bool {
-	for _, f := range new(Config).fields() {
-		if f.section == "outbox" && f.name == name {
-			return true
-		}
-	}
-	return false
-}

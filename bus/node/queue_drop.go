@@ -35,7 +35,11 @@ type dropWanted struct {
 	through int64 // the last item
 }
 
-func parseDrop(q url.Values, name matrix.ServerName) (dropWanted, error) {
+func (a *adminServer) parseDrop(ctx context.Context, q url.Values) (dropWanted, error) {
+	name, _, err := a.known(ctx, q)
+	if err != nil {
+		return dropWanted{}, err
+	}
 	w := dropWanted{name: name, through: math.MaxInt64}
 	switch what := q.Get("what"); what {
 	case "all":
@@ -45,7 +49,6 @@ func parseDrop(q url.Values, name matrix.ServerName) (dropWanted, error) {
 		return w, badRequest(`what to drop is "edus" or "all", not %q`, what)
 	}
 	if s := q.Get("through"); s != "" {
-		var err error
 		if w.through, err = strconv.ParseInt(s, 10, 64); err != nil || w.through < 1 {
 			return w, badRequest("%q is not the id of an item", s)
 		}
@@ -76,16 +79,12 @@ type dropPreview struct {
 
 // previewDrop answers GET /queue/drop?destination=&what=: what a POST would drop.
 func (a *adminServer) previewDrop(ctx context.Context, q url.Values) (reply, error) {
-	name, _, err := a.known(ctx, q)
-	if err != nil {
-		return nil, err
-	}
-	w, err := parseDrop(q, name)
+	w, err := a.parseDrop(ctx, q)
 	if err != nil {
 		return nil, err
 	}
 	var kinds store.KindTotals
-	p := dropPreview{Destination: string(name)}
+	p := dropPreview{Destination: string(w.name)}
 	err = w.load(ctx, a.store, func(it *store.PendingItem) error {
 		kinds[it.Kind].Items++
 		kinds[it.Kind].Bytes += it.Size
@@ -120,20 +119,16 @@ type droppedItem struct {
 // drop answers POST /queue/drop?destination=&what=&through=. A copy of what goes
 // is on disk before anything does.
 func (a *adminServer) drop(ctx context.Context, q url.Values) (reply, error) {
-	name, _, err := a.known(ctx, q)
+	w, err := a.parseDrop(ctx, q)
 	if err != nil {
 		return nil, err
 	}
-	w, err := parseDrop(q, name)
-	if err != nil {
-		return nil, err
-	}
-	result := dropResult{Destination: string(name), Kinds: []kindReport{}}
+	result := dropResult{Destination: string(w.name), Kinds: []kindReport{}}
 	last := int64(0)
-	file, err := a.dropped.save(a.dropName(name), func(to io.Writer) error {
+	file, err := a.dropped.save(a.dropName(w.name), func(to io.Writer) error {
 		enc := newEncoder(to)
 		return w.load(ctx, a.store, func(it *store.PendingItem) error {
-			line := droppedItem{string(name), it.ID, it.Kind.String(), time.UnixMilli(it.Accepted).UTC(), it.Payload, nil}
+			line := droppedItem{string(w.name), it.ID, it.Kind.String(), time.UnixMilli(it.Accepted).UTC(), it.Payload, nil}
 			if !json.Valid(it.Payload) {
 				line.Payload, line.Damaged = nil, it.Payload
 			}
@@ -148,7 +143,7 @@ func (a *adminServer) drop(ctx context.Context, q url.Values) (reply, error) {
 	if file == "" { // nothing to drop
 		return writeJSON(result), nil
 	}
-	op := &store.Drop{Destination: name, PDUs: w.pdus, Through: last}
+	op := &store.Drop{Destination: w.name, PDUs: w.pdus, Through: last}
 	if err := a.apply(ctx, op); err != nil {
 		if errors.Is(err, store.ErrQueueFull) || errors.Is(err, store.ErrClosed) {
 			return nil, errors.Join(fmt.Errorf("nothing was dropped: %w", err), os.Remove(file))
@@ -157,7 +152,7 @@ func (a *adminServer) drop(ctx context.Context, q url.Values) (reply, error) {
 	}
 	dropped := op.Result.Dropped
 	result.Kinds, result.Items, result.Bytes, result.File = kindReports(dropped), dropped.Sum().Items, dropped.Sum().Bytes, file
-	a.log.Warn("an admin has dropped items, they are not delivered", "destination", name, "items", result.Items, "bytes", result.Bytes, "copy", file)
+	a.log.Warn("an admin has dropped items, they are not delivered", "destination", w.name, "items", result.Items, "bytes", result.Bytes, "copy", file)
 	return writeJSON(result), nil
 }
 

@@ -1,15 +1,15 @@
-package main
+package node
 
 import (
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"fsbus/bus/matrix"
 	"fsbus/store"
@@ -71,30 +71,17 @@ func TestADamagedDatabaseIsRefusedAndKept(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			said, err := os.Create(filepath.Join(dir, "stderr"))
+			cfg, err := Load(config)
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer said.Close()
-			defer func(f *os.File) { os.Stderr = f }(os.Stderr)
-			os.Stderr = said
-			code := make(chan int, 1)
-			go func() { code <- dispatch([]string{"run", "-config", config}) }()
-			select {
-			case got := <-code:
-				if got != exitFailed {
-					t.Errorf("it exits with %d", got)
-				}
-			case <-time.After(30 * time.Second):
-				t.Fatal("it runs")
+			_, err = New(t.Context(), cfg, "test", slog.New(slog.DiscardHandler), new(slog.LevelVar))
+			if err == nil {
+				t.Fatal("it starts")
 			}
-			text, err := os.ReadFile(said.Name())
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, want := range []string{"cannot start", db, "damaged database", "restore this file"} {
-				if !strings.Contains(string(text), want) {
-					t.Errorf("it does not say %q: %s", want, text)
+			for _, want := range []string{db, "damaged database", "restore this file"} {
+				if !strings.Contains(err.Error(), want) {
+					t.Errorf("it does not say %q: %v", want, err)
 				}
 			}
 			if after, err := os.ReadFile(db); err != nil || !bytes.Equal(after, damaged) {
