@@ -4,10 +4,17 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -238,4 +245,54 @@ func indexOf(w *sim.World, name matrix.ServerName) int {
 		}
 	}
 	return -1
+}
+
+// The answer to a transaction lies in the spool, whose bounds hold for all of them
+// together, and one that is too large is not read to its end.
+func TestLargeAnswersToTransactionsAreBounded(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1})
+	var tooLarge atomic.Bool
+	remote := httptest.NewUnstartedServer(http.HandlerFunc(func(rw http.ResponseWriter, req *http.Request) {
+		_, _ = io.Copy(io.Discard, req.Body)
+		fmt.Fprintf(rw, `{"pdus":{"$refused":{"error":"no"}},"more":"%s`, strings.Repeat("x", maxSendAnswer-100))
+		if tooLarge.Load() {
+			_, _ = io.WriteString(rw, strings.Repeat("x", 200))
+		}
+		_, _ = io.WriteString(rw, `"}`)
+	}))
+	ln, err := net.Listen("tcp", "127.1.250.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = remote.Listener.Close()
+	remote.Listener = ln
+	remote.StartTLS()
+	t.Cleanup(remote.Close)
+
+	c := withOutbox(t, quick)
+	r := newRunning(t, w, c)
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: remote.Certificate().Raw})
+	text, err := os.ReadFile(r.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = bytes.Replace(text, []byte("[status]"), []byte("resolve = { \"example.com:8448\" = \""+ln.Addr().String()+"\" }\n[status]"), 1)
+	if err := errors.Join(os.WriteFile(r.path, text, 0o600), os.WriteFile(filepath.Join(r.dir, "ca.pem"), append(w.CAPEM(), ca...), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	r.start(hooks{})
+	r.taken("example.com:8448", "t1", []json.RawMessage{message(1)}, nil)
+	r.until("a large answer to be taken", func() bool { return r.report().Outbox.Destinations == 0 })
+	if s := r.node.spool.Stats(); s.MaxDisk+s.MaxMemory < maxSendAnswer-100 {
+		t.Errorf("the answer was not in the spool: %+v", s)
+	}
+	if !strings.Contains(r.log.String(), "a destination refuses an event") {
+		t.Error("what the answer says was not read")
+	}
+	tooLarge.Store(true)
+	r.taken("example.com:8448", "t2", []json.RawMessage{message(2)}, nil)
+	r.until("an answer that is too large to be refused", func() bool { return strings.Contains(r.log.String(), errAnswerTooLarge.Error()) })
+	if n := r.report().Outbox.Destinations; n != 1 {
+		t.Errorf("%d destinations have something pending, want 1", n)
+	}
 }
