@@ -19,15 +19,28 @@ type Batch struct {
 	// Outbox is what to do with the outbox, in this order. The Result of each is
 	// set when the completion is called with nil.
 	Outbox []OutboxOp
+	// Answers are written over what is stored under the same keys. Of two with the
+	// same key the later one stays. One that finds no room is not stored.
+	Answers []Answer
+	// DropAnswers are the keys of answers to delete. One that is not there is no
+	// error.
+	DropAnswers [][32]byte
+	// Keys are written over what is stored of the same Via and Server. Of two with
+	// the same the later one stays.
+	Keys []ServerKeys
 }
 
 // What a batch and a slice element cost besides their strings, rounded up for
-// 64-bit: a Batch with its place in the queue, a Host, a string header, an interface.
+// 64-bit: a Batch with its place in the queue, a Host, a string header, an interface,
+// an Answer, the key of one, a ServerKeys.
 const (
-	batchBytes = 120
-	hostBytes  = 96
-	nameBytes  = 16
-	opBytes    = 16
+	batchBytes     = 192
+	hostBytes      = 96
+	nameBytes      = 16
+	opBytes        = 16
+	answerBytes    = 112
+	answerKeyBytes = 32
+	keysBytes      = 80
 )
 
 // size is about how many bytes of memory b holds.
@@ -41,6 +54,14 @@ func (b *Batch) size() int64 {
 	}
 	for _, op := range b.Outbox {
 		n += opBytes + op.size()
+	}
+	for i := range b.Answers {
+		n += answerBytes + b.Answers[i].size()
+	}
+	n += answerKeyBytes * int64(len(b.DropAnswers))
+	for i := range b.Keys {
+		k := &b.Keys[i]
+		n += keysBytes + int64(len(k.Via)) + int64(len(k.Server)) + int64(len(k.Object))
 	}
 	return n
 }
@@ -66,6 +87,28 @@ func (w *writer) apply(b *Batch) (int64, error) {
 		n, err := op.apply(w.outbox)
 		if err != nil {
 			return 0, classify(op.String(), w.path, err)
+		}
+		rows += n
+	}
+	for i := range b.Answers {
+		n, err := w.answers.put(&b.Answers[i])
+		if err != nil {
+			return 0, classify("write answer", w.path, err)
+		}
+		rows += n
+	}
+	for i := range b.DropAnswers {
+		n, err := w.answers.drop(&b.DropAnswers[i])
+		if err != nil {
+			return 0, classify("drop answer", w.path, err)
+		}
+		rows += n
+	}
+	for i := range b.Keys {
+		k := &b.Keys[i]
+		n, err := w.keys.put(k)
+		if err != nil {
+			return 0, classify(fmt.Sprintf("write keys of %q by way of %q", k.Server, k.Via), w.path, err)
 		}
 		rows += n
 	}

@@ -4,7 +4,8 @@
 // Everything lives in one file so that one fsync covers all that belongs
 // together, and so that a backup or a move is one thing to get right. That is
 // what is known of each destination (Host), so that back-off survives a restart,
-// and the outbox: what the homeserver was told is taken over.
+// and the outbox: what the homeserver was told is taken over. And it is two caches,
+// of what other servers have answered and of their keys.
 //
 // # The outbox
 //
@@ -32,6 +33,19 @@
 // nothing. It would only grow stale, with newer items beside it that could take the
 // place of its own. Thaw lets them: the items wait as if never packed.
 //
+// # The caches
+//
+// Answers are found by their key, ServerKeys by the notary and the server. Both are
+// parts of a Batch like others and survive what the outbox survives, but can be had
+// again: beyond its bounds a table gives up what was written first, and where the
+// file is full no answer is written, and answers are given up for the sake of the
+// outbox. Nobody is told of either. Keys are written in any case, since without them
+// the homeserver could not check what it receives.
+//
+// LoadAnswer and LoadKeys are for every request: they share one connection with
+// prepared statements, which is opened at its first use. AnswerIndex and LatestVia
+// are for the start, like the other Loads.
+//
 // # Order and duties
 //
 // What the store promises:
@@ -42,7 +56,7 @@
 //     completed with nil before it, survives a crash and, if the disk keeps
 //     what it was told to keep, a power cut.
 //  3. A batch is stored whole or not at all, and batches take effect in the
-//     order of the Submits. LoadHosts sees whatever was completed before.
+//     order of the Submits. The Loads see whatever was completed before.
 //  4. A completion with an error means not known to be durable. The batch has
 //     no effect on what is read from then on, but if the process dies right
 //     after a commit that failed in its fsync, the next Open may find it.
@@ -68,7 +82,10 @@
 //   - Nothing is deleted or replaced to get going. A file that is damaged, of
 //     another program or of a newer fsbus is left as it is, and the error says
 //     what to do.
-//   - A commit never leaves more than Options.MaxHosts rows of hosts.
+//   - A commit never leaves more than Options.MaxHosts rows of hosts, nor more rows
+//     and bytes of answers and of keys than Options has for them.
+//   - Where an answer is not written, an older one under its key is not left either.
+//   - Between two calls no connection for reading has a read transaction.
 //   - An item leaves the outbox by Settle, Compact, Expire, Drop, Pack (what has
 //     expired or cannot be sent) or because a newer one replaces it, and is
 //     counted in the Result. Frozen ones leave by Settle and Drop alone, or to be
@@ -116,8 +133,13 @@
 //   - An Accept must fit into QueueBytes, with its Bytes if it loads its items. An
 //     operation that trims deletes about 1,000 items at a time; Settle, what one
 //     transaction holds.
-//   - Options.CacheBytes of page cache, plus 256 KiB and the rows themselves
-//     while LoadHosts runs. All of SQLite's memory lies outside of Go's heap.
+//   - The caches: rows and bytes of each, see Options, of which the file may take
+//     twice the bytes. MaxFileBytes counts all that is in the file, so what keys take
+//     is not the outbox's.
+//   - Options.CacheBytes of page cache, plus 256 KiB for the connection of LoadAnswer
+//     and LoadKeys from their first use on, and one row; plus 256 KiB and the rows
+//     themselves while LoadHosts runs. All of SQLite's memory lies outside of Go's
+//     heap.
 //   - Network file systems are not supported: WAL needs shared memory and
 //     locks that work.
 //   - The tests kill the process at random moments and so prove what the store
@@ -146,6 +168,11 @@
 // 830 bytes of file at their height, with 1,000 destinations as with 10,000
 // (BenchmarkDestinations). LoadOutbox of 10,000 takes 15 ms. An event of 1.5 kB
 // for 4,000 takes 780 kB of file.
+//
+// With 10,000 rows in each cache LoadAnswer takes 10 µs, or 40 µs after a commit,
+// which makes its pages old, and LoadKeys 7 µs for each server. AnswerIndex takes
+// 11 ms for all. A batch of 200 answers takes 4 ms; 430 KB go to the log if all are
+// new, and up to 1.2 MB if they replace others at random places (schema.go).
 //
 // On a disk that needs 10 ms for an fsync there are 100 groups a second at
 // best, so rows per second are 100 times what waits.

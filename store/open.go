@@ -56,7 +56,7 @@ func Open(ctx context.Context, opt Options) (*Store, error) {
 		queue:   newQueue(opt.QueueLen, opt.QueueBytes),
 		stopped: make(chan struct{}),
 	}
-	s.counters.s.Outbox = w.outbox.totals
+	s.counters.set(w.totals())
 	s.start()
 	return s, nil
 }

@@ -237,6 +237,9 @@ type outbox struct {
 	kinds []byte
 	// scratch is for the items that an Accept loads, and refers to nothing otherwise.
 	scratch []matrix.Item
+	// yield makes room for so many bytes in the file where it can, and returns how
+	// many rows that cost, 0 if there is nothing to give up.
+	yield func(bytes int64) (int64, error)
 }
 
 // itemBytes is what a row of an item takes in the file besides its payload,
@@ -425,24 +428,44 @@ func kindOf(n int64) (matrix.Kind, error) {
 	return matrix.Kind(n), nil
 }
 
-// room makes sure that about so many bytes may be added to the file.
+// room makes sure that about so many bytes may be added to the file, if need be by
+// giving up what can be had again.
 func (o *outbox) room(bytes int64) error {
-	if o.used+o.grown+bytes > o.opt.MaxFileBytes {
-		pages, err := o.pragma(o.pages)
+	for {
+		fits, err := o.fits(bytes)
+		if fits || err != nil {
+			return err
+		}
+		gone, err := o.yield(o.used + bytes - o.opt.MaxFileBytes)
 		if err != nil {
 			return err
 		}
-		free, err := o.pragma(o.free)
-		if err != nil {
-			return err
-		}
-		o.used, o.grown = (pages-free)*pageSize, 0
-		if o.used+bytes > o.opt.MaxFileBytes {
+		if gone == 0 {
 			return fmt.Errorf("%w: %d bytes in the file", ErrOutboxFull, o.used)
 		}
 	}
+}
+
+// fits tells whether about so many bytes may be added to the file, and if so counts
+// them as added.
+func (o *outbox) fits(bytes int64) (bool, error) {
+	// Twice: of rows that are a little larger than half a page, each takes a page.
+	if o.used+2*(o.grown+bytes) > o.opt.MaxFileBytes {
+		pages, err := o.pragma(o.pages)
+		if err != nil {
+			return false, err
+		}
+		free, err := o.pragma(o.free)
+		if err != nil {
+			return false, err
+		}
+		o.used, o.grown = (pages-free)*pageSize, 0
+		if o.used+bytes > o.opt.MaxFileBytes {
+			return false, nil
+		}
+	}
 	o.grown += bytes
-	return nil
+	return true, nil
 }
 
 func (o *outbox) pragma(s *stmt) (n int64, err error) {

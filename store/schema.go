@@ -104,6 +104,48 @@ var migrations = []string{
 		size     INTEGER NOT NULL,
 		bytes    BLOB    NOT NULL
 	) STRICT;`,
+
+	// 3: answers and keys of other servers. Both can be had again, have a few
+	// hundred bytes to 2 KB, are written in bulk and read by key.
+	//
+	// So id is both the place and the age: a row that is written, again or for the
+	// first time, goes to the end. What one batch brings lies side by side on the
+	// pages at the end, and what is deleted for a bound on those at the beginning,
+	// which become free. No index is needed to know what is old. Of 10,000 answers of
+	// 450 bytes, to write 200 new ones and to delete as many writes 105 pages, and
+	// 535 if they are clustered by key, WITHOUT ROWID; to replace 200 at random
+	// places 287 and 404. The price is room: up to half of it is idle where such
+	// replacing goes on.
+	//
+	// The index is what is written at random places. Hence it has 64 bits instead of
+	// a key, so that it has 54 pages for those 10,000, and the size, so that the
+	// totals are known without reading the table. Two keys may have the same hash:
+	// the row has the key. The blobs stand last, as what is behind a long one is
+	// read through its pages.
+	`CREATE TABLE answer (
+		id     INTEGER PRIMARY KEY,
+		hash   INTEGER NOT NULL,
+		key    BLOB    NOT NULL,
+		size   INTEGER NOT NULL,
+		stored INTEGER NOT NULL,
+		fresh  INTEGER NOT NULL,
+		stale  INTEGER NOT NULL,
+		status INTEGER NOT NULL,
+		header BLOB    NOT NULL,
+		body   BLOB    NOT NULL
+	) STRICT;
+	CREATE INDEX answer_hash ON answer (hash, size);
+	CREATE TABLE server_key (
+		id          INTEGER PRIMARY KEY,
+		hash        INTEGER NOT NULL,
+		via         TEXT    NOT NULL,
+		server      TEXT    NOT NULL,
+		size        INTEGER NOT NULL,
+		fetched     INTEGER NOT NULL,
+		valid_until INTEGER NOT NULL,
+		object      BLOB    NOT NULL
+	) STRICT;
+	CREATE INDEX server_key_hash ON server_key (hash, size);`,
 }
 
 // migrate brings the file to schema len(steps), one transaction for each step,

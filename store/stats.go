@@ -17,7 +17,10 @@ type Stats struct {
 	LastCommit time.Duration // of the last transaction, from BEGIN to the end of COMMIT
 	MaxCommit  time.Duration // the longest so far
 
-	Outbox OutboxTotals // what is stored
+	Outbox  OutboxTotals // what is stored
+	Answers CacheTotals  // of other servers, to be used again
+	Keys    CacheTotals  // of other servers
+	Damaged int64        // times that a row of Answers or Keys was left out, as it cannot be ours
 
 	QueueLen   int   // batches that wait for the writer
 	QueueBytes int64 // their size
@@ -32,7 +35,7 @@ type counters struct {
 }
 
 // group counts a group of batches. Failed attempts count as no commit.
-func (c *counters) group(errs []error, rows, pruned int64, accepting bool, took time.Duration, outbox OutboxTotals) {
+func (c *counters) group(errs []error, rows, pruned int64, accepting bool, took time.Duration, now totals) {
 	failed := int64(0)
 	for _, err := range errs {
 		if err != nil {
@@ -45,7 +48,7 @@ func (c *counters) group(errs []error, rows, pruned int64, accepting bool, took 
 	c.s.Batches += int64(len(errs)) - failed
 	c.s.Rows += rows
 	c.s.Pruned += pruned
-	c.s.Outbox = outbox
+	c.set(now)
 	if failed < int64(len(errs)) {
 		c.s.Commits++
 		if accepting {
@@ -56,11 +59,16 @@ func (c *counters) group(errs []error, rows, pruned int64, accepting bool, took 
 	}
 }
 
+func (c *counters) set(t totals) {
+	c.s.Outbox, c.s.Answers, c.s.Keys = t.outbox, t.answers.totals, t.keys.totals
+}
+
 // Stats returns the figures of this moment.
 func (s *Store) Stats() Stats {
 	s.counters.mu.Lock()
 	st := s.counters.s
 	s.counters.mu.Unlock()
+	st.Damaged = s.damaged.Load()
 	st.QueueLen, st.QueueBytes = s.queue.len()
 	st.FileBytes = fileSize(s.opt.Path)
 	st.WALBytes = fileSize(s.opt.Path + "-wal")

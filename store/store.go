@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -26,6 +27,11 @@ const (
 	DefaultMaxFileBytes    = 512 << 20 // what an SD card can spare
 	DefaultMaxAside        = 1000
 	DefaultMaxAsideBytes   = 16 << 20
+
+	DefaultMaxAnswers     = 10000 // the profiles of all users of a large room
+	DefaultMaxAnswerBytes = 16 << 20
+	DefaultMaxKeys        = 10000    // the servers of the largest public rooms, or half of them by two ways
+	DefaultMaxKeyBytes    = 24 << 20 // at most: a key object has 1 KiB, and some have many old keys
 )
 
 // Op names what Options.Fault is asked about.
@@ -77,6 +83,18 @@ type Options struct {
 	// them the oldest are deleted.
 	MaxAside      int
 	MaxAsideBytes int64
+	// MaxAnswers and MaxAnswerBytes bound the rows of answers and the sum of their
+	// headers and bodies, DefaultMaxAnswers and DefaultMaxAnswerBytes. Beyond
+	// them those that were written first are deleted. No answer is written where
+	// the file is at MaxFileBytes, and the oldest go when the outbox needs the room.
+	MaxAnswers     int
+	MaxAnswerBytes int64
+	// MaxKeys and MaxKeyBytes bound the rows of server keys and the sum of their
+	// objects in the same way. Keys are written in any case, and the outbox has
+	// only the rest of the file: so MaxKeyBytes is an eighth of MaxFileBytes by
+	// default if that is less than DefaultMaxKeyBytes.
+	MaxKeys     int
+	MaxKeyBytes int64
 	// Logger is told what no caller is waiting for; nil for nobody.
 	Logger *slog.Logger
 	// Fault is a seam for tests, nil in production. It is called right before
@@ -104,7 +122,8 @@ func (o *Options) check() error {
 		{"QueueBytes", o.QueueBytes}, {"MaxHosts", int64(o.MaxHosts)},
 		{"MaxDestinations", int64(o.MaxDestinations)}, {"MaxDestItems", int64(o.MaxDestItems)}, {"MaxDestBytes", o.MaxDestBytes},
 		{"MaxItems", int64(o.MaxItems)}, {"MaxFileBytes", o.MaxFileBytes}, {"MaxAside", int64(o.MaxAside)},
-		{"MaxAsideBytes", o.MaxAsideBytes},
+		{"MaxAsideBytes", o.MaxAsideBytes}, {"MaxAnswers", int64(o.MaxAnswers)}, {"MaxAnswerBytes", o.MaxAnswerBytes},
+		{"MaxKeys", int64(o.MaxKeys)}, {"MaxKeyBytes", o.MaxKeyBytes},
 	} {
 		if n.val < 0 {
 			return fmt.Errorf("store: %s is %d", n.name, n.val)
@@ -122,6 +141,10 @@ func (o *Options) check() error {
 	fill(&o.MaxFileBytes, DefaultMaxFileBytes)
 	fill(&o.MaxAside, DefaultMaxAside)
 	fill(&o.MaxAsideBytes, DefaultMaxAsideBytes)
+	fill(&o.MaxAnswers, DefaultMaxAnswers)
+	fill(&o.MaxAnswerBytes, DefaultMaxAnswerBytes)
+	fill(&o.MaxKeys, DefaultMaxKeys)
+	fill(&o.MaxKeyBytes, min(DefaultMaxKeyBytes, o.MaxFileBytes/8))
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -147,6 +170,8 @@ type Store struct {
 
 	reader       sync.Mutex // held while there is a reader connection
 	readerClosed bool
+	lookups      readers      // of what is looked up all the time
+	damaged      atomic.Int64 // rows left out
 
 	stopped  chan struct{} // closed when the writer's goroutine has ended
 	closeErr error         // valid from then on
@@ -183,32 +208,4 @@ func (s *Store) Close(ctx context.Context) error {
 		s.queue.close(true)
 		return fmt.Errorf("store: close: %w", ctx.Err())
 	}
-}
-
-// readerCache is the reader's page cache in KiB. It reads each page once.
-const readerCache = 256
-
-// read calls f with a connection for reading. It sees all that was completed
-// before the call and does not hold up the writer. The connection lives as
-// long as the call: it is needed at the start only, and an idle one would keep
-// its cache. op names the operation in errors.
-func (s *Store) read(ctx context.Context, op string, f func(*conn) error) error {
-	s.reader.Lock()
-	defer s.reader.Unlock()
-	if s.readerClosed {
-		return ErrClosed
-	}
-	c, err := openConn(s.opt.Path)
-	if err != nil {
-		return classify(op, s.opt.Path, err)
-	}
-	err = c.exec(ctx, fmt.Sprintf("PRAGMA busy_timeout = %d; PRAGMA cache_size = -%d; PRAGMA temp_store = MEMORY; "+
-		"PRAGMA query_only = ON", busyTimeout.Milliseconds(), readerCache))
-	if err == nil {
-		err = f(c)
-	}
-	if err = errors.Join(err, c.close()); err != nil {
-		return classify(op, s.opt.Path, err)
-	}
-	return nil
 }

@@ -21,6 +21,9 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv(crashOutboxEnv); path != "" {
 		crashOutboxChild(path)
 	}
+	if path := os.Getenv(crashCacheEnv); path != "" {
+		crashCacheChild(path)
+	}
 	os.Exit(m.Run())
 }
 
@@ -171,7 +174,8 @@ func TestOptionsAreChecked(t *testing.T) {
 	path := newPath(t)
 	for _, o := range []Options{
 		{Path: path, CacheBytes: -1}, {Path: path, MaxGroup: -1}, {Path: path, QueueLen: -1},
-		{Path: path, QueueBytes: -1}, {Path: path, MaxHosts: -1},
+		{Path: path, QueueBytes: -1}, {Path: path, MaxHosts: -1}, {Path: path, MaxAnswers: -1},
+		{Path: path, MaxAnswerBytes: -1}, {Path: path, MaxKeys: -1}, {Path: path, MaxKeyBytes: -1},
 	} {
 		if _, err := Open(t.Context(), o); err == nil {
 			t.Errorf("%+v: no error", o)
@@ -218,7 +222,17 @@ func TestSizesCoverWhatABatchHolds(t *testing.T) {
 	if n := unsafe.Sizeof(matrix.Item{}); n > acceptItemBytes {
 		t.Errorf("an item takes %d bytes, counted as %d", n, acceptItemBytes)
 	}
+	if n := unsafe.Sizeof(Answer{}); n > answerBytes {
+		t.Errorf("an answer takes %d bytes, counted as %d", n, answerBytes)
+	}
+	if n := unsafe.Sizeof(ServerKeys{}); n > keysBytes {
+		t.Errorf("ServerKeys take %d bytes, counted as %d", n, keysBytes)
+	}
 	op := &Hold{Destination: "abc"}
 	b := Batch{Hosts: []Host{{Name: "abc", Error: "12345"}}, Forget: []matrix.ServerName{"x", "yz"}, Outbox: []OutboxOp{op, op}}
-	want(t, "size", b.size(), int64(batchBytes+hostBytes+3+5+2*nameBytes+3+2*opBytes)+2*op.size())
+	b.Answers = []Answer{{Header: make([]byte, 7), Body: make([]byte, 70)}, {}}
+	b.DropAnswers = make([][32]byte, 3)
+	b.Keys = []ServerKeys{{Via: "v", Server: "abc", Object: make([]byte, 700)}}
+	want(t, "size", b.size(), int64(batchBytes+hostBytes+3+5+2*nameBytes+3+2*opBytes)+2*op.size()+
+		2*answerBytes+77+3*answerKeyBytes+keysBytes+704)
 }

@@ -15,11 +15,13 @@ const maxGroupBytes = 1 << 20
 
 // writer is the only code that changes the database, used by one goroutine.
 type writer struct {
-	conn   *conn
-	path   string
-	fault  func(Op) error
-	hosts  *hostTable
-	outbox *outbox
+	conn    *conn
+	path    string
+	fault   func(Op) error
+	hosts   *hostTable
+	outbox  *outbox
+	answers *answerTable
+	keys    *keyTable
 
 	begin, commit, rollback *stmt
 	save, undo, release     *stmt
@@ -50,8 +52,33 @@ func newWriter(ctx context.Context, c *conn, o *Options) (*writer, error) {
 	if w.hosts, err = newHostTable(ctx, c, int64(o.MaxHosts)); err != nil {
 		return nil, err
 	}
-	w.outbox, err = newOutbox(ctx, c, o)
+	if w.outbox, err = newOutbox(ctx, c, o); err != nil {
+		return nil, err
+	}
+	if w.answers, err = newAnswerTable(c, w.outbox); err != nil {
+		return nil, err
+	}
+	w.outbox.yield = w.answers.yield
+	w.keys, err = newKeyTable(c, w.outbox)
 	return w, err
+}
+
+// totals are those that are kept beside the tables.
+type totals struct {
+	outbox        OutboxTotals
+	answers, keys cacheState
+}
+
+func (w *writer) totals() totals {
+	return totals{w.outbox.totals, w.answers.cacheState, w.keys.cacheState}
+}
+
+// restore sets the totals to what they were before what was rolled back.
+func (w *writer) restore(t totals) {
+	w.outbox.totals = t.outbox
+	w.outbox.used = w.outbox.opt.MaxFileBytes // to be looked at
+	w.answers.restore(t.answers)
+	w.keys.restore(t.keys)
 }
 
 // start starts the writer's goroutine.
@@ -78,7 +105,7 @@ func (s *Store) write() {
 		errs = append(errs[:0], make([]error, len(group))...)
 		began := time.Now()
 		rows, pruned := s.writer.store(group, errs)
-		s.counters.group(errs, rows, pruned, accepting(group, errs), time.Since(began), s.writer.outbox.totals)
+		s.counters.group(errs, rows, pruned, accepting(group, errs), time.Since(began), s.writer.totals())
 		for i, j := range group {
 			j.done(errs[i])
 		}
@@ -123,7 +150,7 @@ func (w *writer) store(group []job, errs []error) (rows, pruned int64) {
 // transact is one attempt at a group. With errs, a refused batch is taken
 // back alone and its error noted there; otherwise it ends the attempt.
 func (w *writer) transact(group []job, errs []error) (rows, pruned int64, err error) {
-	totals := w.outbox.totals
+	before := w.totals()
 	defer func() {
 		if err != nil {
 			// SQLite may have rolled back on its own, as it does when the
@@ -131,7 +158,7 @@ func (w *writer) transact(group []job, errs []error) (rows, pruned int64, err er
 			// for another reason the next BEGIN does too, and ends up here.
 			w.rollback.exec()
 			w.hosts.rolledBack()
-			w.outbox.totals = totals
+			w.restore(before)
 		}
 	}()
 	if err := w.step(OpBegin, w.begin); err != nil {
@@ -147,8 +174,17 @@ func (w *writer) transact(group []job, errs []error) (rows, pruned int64, err er
 		}
 		rows += n
 	}
-	if pruned, err = w.hosts.bound(); err != nil {
-		return 0, 0, classify("prune hosts", w.path, err)
+	for _, t := range []struct {
+		op    string
+		bound func() (int64, error)
+	}{
+		{"prune hosts", w.hosts.bound}, {"prune answers", w.answers.bound}, {"prune keys", w.keys.bound},
+	} {
+		n, err := t.bound()
+		if err != nil {
+			return 0, 0, classify(t.op, w.path, err)
+		}
+		pruned += n
 	}
 	return rows, pruned, w.step(OpCommit, w.commit)
 }
@@ -161,13 +197,13 @@ func (w *writer) applyOne(b *Batch, guarded bool) (int64, error) {
 	if _, err := w.save.exec(); err != nil {
 		return 0, classify("savepoint", w.path, err)
 	}
-	totals := w.outbox.totals
+	before := w.totals()
 	rows, err := w.apply(b)
 	if err != nil {
 		if !refused(err) {
 			return 0, err // the whole transaction goes, the savepoint with it
 		}
-		w.outbox.totals = totals
+		w.restore(before)
 		if _, err := w.undo.exec(); err != nil {
 			return 0, classify("undo batch", w.path, err)
 		}
@@ -197,6 +233,7 @@ func (s *Store) shut() error {
 	s.reader.Lock() // wait for a reader, keep out others
 	s.readerClosed = true
 	s.reader.Unlock()
+	rerr := s.lookups.close()
 
 	err := w.fault(OpCheckpoint)
 	if err == nil {
@@ -206,6 +243,9 @@ func (s *Store) shut() error {
 	}
 	if err != nil {
 		err = classify(string(OpCheckpoint), w.path, err)
+	}
+	if rerr != nil {
+		err = errors.Join(err, fmt.Errorf("store: close: %w", rerr))
 	}
 	if cerr := w.conn.close(); cerr != nil {
 		err = errors.Join(err, fmt.Errorf("store: close: %w", cerr))
