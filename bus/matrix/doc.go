@@ -13,6 +13,7 @@
 //	names.go          ServerName and its grammar
 //	requesttarget.go  the request target with which Synapse asks for a server
 //	endpoints.go      Endpoint, the table of all endpoints, Match
+//	room.go           the room, or the profile's field, that a request is about
 //	sendclass.go      the class of a transaction, by its content
 //	transaction.go    Transaction, the body of a PUT /send, in its parts
 //	item.go           Item, what an outbox queues: kinds, lanes, rules, lifetimes
@@ -26,6 +27,9 @@
 //	wellknown.go      delegation: the document, and how long it is good for
 //	canonical.go      canonical JSON
 //	keys.go           signing keys, signed JSON objects
+//	serverkeys.go     other servers' key objects, a notary's answer
+//	keyquery.go       queries for server keys
+//	statescan.go      StateScan, keys and servers of a join's answer as it passes by
 //	xmatrix.go        signed requests
 //
 // Comments cite the specification by document and section, in version 1.18
