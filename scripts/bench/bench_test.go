@@ -113,3 +113,61 @@ func TestNaiveProxyCarriesRequests(t *testing.T) {
 		}
 	}
 }
+
+// The second round asks for nothing that the first did not bring.
+func TestProfilesOfTheSecondRoundAreKnown(t *testing.T) {
+	f, err := rig.NewFederation(t.TempDir(), sim.Config{Servers: profileServers, Seed: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	known, fields := make(map[string]bool), make(map[string]int)
+	for u := range profileUsers {
+		known[profileLookup(f, u, 1).Target] = true
+	}
+	for u := range profileUsers {
+		target := profileLookup(f, u, 2).Target
+		full, field, _ := strings.Cut(target, "&field=")
+		if !known[target] && !known[full] {
+			t.Errorf("nobody has asked for %s", target)
+		}
+		fields[field]++
+	}
+	if len(known) != profileUsers || fields[""] != profileUsers/4 || fields["displayname"] != profileUsers/2 || fields["avatar_url"] != profileUsers/4 {
+		t.Errorf("%d lookups, then by field %v", len(known), fields)
+	}
+}
+
+func TestKeyIsRight(t *testing.T) {
+	f, err := rig.NewFederation(t.TempDir(), sim.Config{Servers: 3, Notary: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &way{Federation: f, name: "direct"}
+	defer w.stop()
+	client := w.client()
+	defer client.Close()
+	of := func(i int) signer { return signer{f.Names()[i], f.SigningKey(i)} }
+	ask := func() []byte {
+		wanted := fedload.KeyWanted{Server: f.Names()[1], ID: f.SigningKey(1).ID()}
+		res := client.Do(t.Context(), fedload.KeyQuery(f.Names()[sim.NotaryServer], wanted))
+		if res.Err != nil || res.Status != 200 {
+			t.Fatalf("%+v", res)
+		}
+		return res.Body
+	}
+	now := time.Now()
+	good, until := ask(), now.UnixMilli()
+	if !keyIsRight(good, until, of(1), of(0)) {
+		t.Errorf("%s is not right", good)
+	}
+	if keyIsRight(good, now.Add(48*time.Hour).UnixMilli(), of(1), of(0)) || keyIsRight(good, until, of(2), of(0)) || keyIsRight(good, until, of(1), of(2)) || keyIsRight(nil, until, of(1), of(0)) {
+		t.Errorf("%s is right for whatever is asked", good)
+	}
+	for _, fault := range []sim.KeyFault{sim.WrongName, sim.Swapped, sim.BadSignature} {
+		f.SetKeyFault(fault)
+		if bad := ask(); keyIsRight(bad, until, of(1), of(0)) {
+			t.Errorf("%v: %s is right", fault, bad)
+		}
+	}
+}

@@ -1,9 +1,14 @@
 // Command bench measures fsbus in one run on one machine: against a naive proxy
 // that does the same work without any limit, and against no proxy at all.
 //
-//	go run ./scripts/bench                        everything, about 12 minutes
+//	go run ./scripts/bench                        everything, about 24 minutes
 //	go run ./scripts/bench -run 'overhead|large'  some of it
 //	go run ./scripts/bench -json result.json      with every round, for comparisons
+//
+// The scenarios profiles, keys and joins send what a homeserver does when a user
+// opens the members of a large room, or joins it, on each of the three ways: no
+// proxy, the naive one, fsbus. They take 7, 2 and 5 minutes, most of which is
+// waiting for dead and slow servers where there is no fsbus.
 //
 // The simulated servers, the homeserver's part and the proxies share the machine,
 // so times and rates tell little by themselves. What is compared is measured in
@@ -65,6 +70,10 @@ var scenarios = []struct {
 	{"storm-send", "a transaction for each of 4,000 servers, a third of them dead, at once", stormSend},
 	{"storm-lookups", "a lookup for each of 4,000 servers, a third of them dead, at once", stormLookups},
 	{"fanout", "an event for each of 4,000 servers, at once, through the outbox", fanout},
+	{"profiles", "8,000 profiles on 500 servers, a third of them dead, 50 at a time, twice over", profiles},
+	{"keys", "10,000 queries for the keys of 2,000 servers at one slow notary", keyQueries},
+	{"scan", "a send_join of 100 MB, looked through while it passes and not", scan},
+	{"joins", "rooms whose servers take minutes to answer, or send 120 MB slowly", joins},
 	{"destinations", "what a delivered transaction costs with 100, 1,000 and 10,000 destinations", destinations},
 }
 
@@ -72,12 +81,16 @@ func run() int {
 	which := flag.String("run", "", "only scenarios whose name matches this `regexp`")
 	file := flag.String("json", "", "write the figures to this `file`")
 	parent := flag.String("dir", ".demo", "the `folder` for all that is written meanwhile; it is removed")
+	alone := flag.Bool("alone", false, "profiles, keys and joins: only with fsbus, not without it and with the naive proxy, which takes minutes")
 	fsbus := flag.String("fsbus", "", "the `command` that is fsbus, words separated by spaces (default: build it)")
 	flag.Parse()
 	match, err := regexp.Compile(*which)
 	if err != nil || flag.NArg() > 0 {
 		fmt.Fprintf(os.Stderr, "bench: used wrongly: %v %q\n", err, flag.Args())
 		return 2
+	}
+	if *alone {
+		waysThere = waysThere[len(waysThere)-1:]
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()

@@ -201,7 +201,7 @@ func throughput(ctx context.Context, b *bench) error {
 
 // inTurn returns the targets, backwards in every other round, so that none is
 // always the one after the same other.
-func inTurn(targets []target, round int) []target {
+func inTurn[T any](targets []T, round int) []T {
 	if round%2 == 1 {
 		targets = slices.Clone(targets)
 		slices.Reverse(targets)

@@ -18,8 +18,7 @@ import (
 )
 
 // DefaultTimeout is Synapse's for a request without a time-out of its own
-// (config/federation.py, client_timeout). Synapse counts it anew for the body;
-// here it is for the whole.
+// (config/federation.py, client_timeout).
 const DefaultTimeout = 60 * time.Second
 
 // keepBody is how much of an answer's body a Result keeps, in bytes.
@@ -51,9 +50,12 @@ type Result struct {
 
 // Client makes requests. It may be used by many goroutines at once.
 type Client struct {
-	// Timeout bounds each request. It must not be changed once the client is
-	// in use.
+	// Timeout bounds each request as a whole, or until its answer's headers if
+	// BodyTimeout is set. Neither must be changed once the client is in use.
 	Timeout time.Duration
+	// BodyTimeout bounds the answer's body, from its headers on. Synapse counts
+	// its time-out anew for the body (http/matrixfederationclient.py).
+	BodyTimeout time.Duration
 
 	from      Homeserver
 	transport *http.Transport
@@ -124,8 +126,10 @@ func (c *Client) Close() { c.transport.CloseIdleConnections() }
 
 // Do signs the request, sends it and reads the answer to its end.
 func (c *Client) Do(ctx context.Context, r *Request) Result {
-	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	timer := time.AfterFunc(c.Timeout, func() { cancel(context.DeadlineExceeded) })
+	defer timer.Stop()
 	req, err := c.sign(ctx, r)
 	if err != nil {
 		return Result{Err: err}
@@ -133,9 +137,12 @@ func (c *Client) Do(ctx context.Context, r *Request) Result {
 	start := time.Now()
 	resp, err := c.transport.RoundTrip(req)
 	if err != nil {
-		return Result{Whole: time.Since(start), Err: err}
+		return Result{Whole: time.Since(start), Err: why(ctx, err)}
 	}
 	defer resp.Body.Close()
+	if c.BodyTimeout > 0 && timer.Stop() {
+		timer.Reset(c.BodyTimeout)
+	}
 	res := Result{Status: resp.StatusCode, Headers: time.Since(start)}
 	var kept bytes.Buffer
 	res.Size, res.Err = io.CopyN(&kept, resp.Body, keepBody)
@@ -146,8 +153,16 @@ func (c *Client) Do(ctx context.Context, r *Request) Result {
 		n, res.Err = io.Copy(io.Discard, resp.Body)
 		res.Size += n
 	}
-	res.Body, res.Whole = kept.Bytes(), time.Since(start)
+	res.Body, res.Whole, res.Err = kept.Bytes(), time.Since(start), why(ctx, res.Err)
 	return res
+}
+
+// why adds to an error of a request whose context has ended what ended it.
+func why(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(err, cause) {
+		return fmt.Errorf("%w: %w", cause, err)
+	}
+	return err
 }
 
 // sign makes the HTTP request, with the headers that Synapse sends.

@@ -39,6 +39,40 @@ func Lookup(destination matrix.ServerName, localpart string) *Request {
 	}
 }
 
+// LookupField asks for one field of a profile, "displayname" or "avatar_url", as
+// Synapse does when a client asks for that alone.
+func LookupField(destination matrix.ServerName, localpart, field string) *Request {
+	r := Lookup(destination, localpart)
+	r.Target += "&field=" + url.QueryEscape(field)
+	return r
+}
+
+// KeyWanted is one key that a KeyQuery asks for.
+type KeyWanted struct {
+	Server matrix.ServerName
+	ID     string // such as "ed25519:a_1"
+	// Until is when the answer must still be valid, Unix time in milliseconds
+	// (minimum_valid_until_ts).
+	Until int64
+}
+
+// KeyQuery asks a notary for keys, as Synapse does (crypto/keyring.py).
+func KeyQuery(notary matrix.ServerName, keys ...KeyWanted) *Request {
+	servers := make(map[matrix.ServerName]object)
+	for _, k := range keys {
+		if servers[k.Server] == nil {
+			servers[k.Server] = object{}
+		}
+		servers[k.Server][k.ID] = object{"minimum_valid_until_ts": k.Until}
+	}
+	return &Request{
+		Destination: notary,
+		Method:      http.MethodPost,
+		Target:      "/_matrix/key/v2/query",
+		Body:        canonical(object{"server_keys": servers}),
+	}
+}
+
 // Media asks for a file of size bytes, which package sim has under that name.
 func Media(destination matrix.ServerName, size int64) *Request {
 	return &Request{

@@ -281,3 +281,119 @@ func TestResultsKeepTheStartOfLargeBodies(t *testing.T) {
 		t.Errorf("%d bytes, %d kept, %v", res.Size, len(res.Body), res.Err)
 	}
 }
+
+func TestBodyTimeoutBeginsWithTheHeaders(t *testing.T) {
+	const short = 600 * time.Millisecond
+	hs := homeserver(t)
+	w, c := world(t, hs, sim.Config{Servers: 1, RoomMembers: 1, Latency: short / 2, SendJoin: sim.SendJoin{Drip: short * 2 / 3}})
+	r := sendJoin(t, c, w, 0)
+	c.Timeout, c.BodyTimeout = short, short // the whole takes longer than either
+	if res := c.Do(t.Context(), r); res.Err != nil || res.Whole <= short {
+		t.Errorf("status %d after %v, %v", res.Status, res.Whole, res.Err)
+	}
+	c.BodyTimeout = short / 4
+	if res := c.Do(t.Context(), r); res.Status != 200 || !errors.Is(res.Err, context.DeadlineExceeded) {
+		t.Errorf("a slow body: status %d, %v", res.Status, res.Err)
+	}
+	c.Timeout, c.BodyTimeout = short/4, short
+	if res := c.Do(t.Context(), r); res.Status != 0 || !errors.Is(res.Err, context.DeadlineExceeded) {
+		t.Errorf("late headers: status %d, %v", res.Status, res.Err)
+	}
+}
+
+// sendJoin makes a request to join the big room of server i, at that server.
+func sendJoin(t *testing.T, c *Client, w *sim.World, i int) *Request {
+	t.Helper()
+	name, room := w.Names()[i], w.RoomID(i)
+	made := c.Do(t.Context(), c.from.MakeJoin(name, room, "alice"))
+	if err := failure(made); err != nil {
+		t.Fatal(err)
+	}
+	id, event, err := c.from.Join(made.Body, time.UnixMilli(1234))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return SendJoin(name, room, id, event)
+}
+
+func TestJoinsAreEvents(t *testing.T) {
+	hs := homeserver(t)
+	w, c := world(t, hs, sim.Config{Servers: 1, RoomMembers: 1})
+	r := sendJoin(t, c, w, 0)
+	if err := matrix.VerifyJSON(r.Body, string(hs.Name), hs.Key.ID(), hs.Key.Public()); err != nil {
+		t.Error(err)
+	}
+	var event map[string]any
+	if err := json.Unmarshal(r.Body, &event); err != nil {
+		t.Fatal(err)
+	}
+	if event["room_id"] != w.RoomID(0) || event["state_key"] != "@alice:origin.test:8448" || event["origin_server_ts"] != 1234. {
+		t.Errorf("%s", r.Body)
+	}
+	again := sendJoin(t, c, w, 0)
+	if string(again.Body) != string(r.Body) || again.Target != r.Target {
+		t.Errorf("the same join at the same time is %s %s and %s %s", r.Target, r.Body, again.Target, again.Body)
+	}
+	for _, bad := range []string{"", "[]", `{"room_version":"10"}`} {
+		if _, _, err := hs.Join([]byte(bad), time.Now()); err == nil {
+			t.Errorf("%q is an answer to make_join", bad)
+		}
+	}
+}
+
+func TestLookupsAndKeyQueriesAreAsSynapseSendsThem(t *testing.T) {
+	if r := LookupField("remote.test", "bob", "displayname"); r.Target != "/_matrix/federation/v1/query/profile?user_id=%40bob%3Aremote.test&field=displayname" {
+		t.Error(r.Target)
+	}
+	r := KeyQuery("notary.test", KeyWanted{"b.test", "ed25519:1", 5}, KeyWanted{"a.test", "ed25519:2", 6}, KeyWanted{"b.test", "ed25519:3", 7})
+	const want = `{"server_keys":{"a.test":{"ed25519:2":{"minimum_valid_until_ts":6}},"b.test":{"ed25519:1":{"minimum_valid_until_ts":5},"ed25519:3":{"minimum_valid_until_ts":7}}}}`
+	if string(r.Body) != want || r.Destination != "notary.test" || r.Method != "POST" {
+		t.Errorf("%s %s", r.Method, r.Body)
+	}
+}
+
+func TestAJoinerTriesAsSynapseDoes(t *testing.T) {
+	const short = 500 * time.Millisecond
+	hs := homeserver(t)
+	w, c := world(t, hs, sim.Config{Servers: 4, RoomMembers: 4})
+	for i, how := range map[int]sim.SendJoin{
+		1: {Delay: time.Hour},
+		2: {Drip: time.Hour},
+	} {
+		if err := w.SetSendJoin(i, how); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.SetKind(3, sim.Dead); err != nil {
+		t.Fatal(err)
+	}
+	send := *c // shares the connections
+	send.Timeout, send.BodyTimeout = short, short
+	j := &Joiner{From: hs, Make: c, Send: &send, Pauses: []time.Duration{time.Millisecond, time.Millisecond}}
+	for i, want := range []struct {
+		joined      bool
+		tries       int
+		sent        int64
+		lastHeaders bool
+	}{
+		0: {true, 1, 1, true},
+		1: {false, 3, 3, false}, // no headers
+		2: {false, 1, 1, true},  // the body takes too long
+		3: {false, 0, 0, false}, // no make_join
+	} {
+		got := j.Join(t.Context(), w.Names()[i], w.RoomID(i), "alice")
+		if (got.Err == nil) != want.joined || got.Tries != want.tries || w.Server(i).SendJoins != want.sent || (got.Last.Status == 200) != want.lastHeaders {
+			t.Errorf("server %d: %+v, %d send_joins arrived; want %+v", i, got, w.Server(i).SendJoins, want)
+		}
+	}
+	for status, want := range map[int]bool{0: true, 200: false, 400: false, 403: false, 404: false, 429: true, 500: true, 502: true} {
+		if got := again(Result{Status: status, Err: io.ErrUnexpectedEOF}); got != want {
+			t.Errorf("status %d is tried again: %v", status, got)
+		}
+	}
+	d := NewJoiner(hs, func() *Client { return NewDirect(nil, hs) })
+	defer d.Close()
+	if d.Make.Timeout != 20*time.Second || d.Send.Timeout != time.Minute || d.Send.BodyTimeout != time.Minute || len(d.Pauses) != 3 {
+		t.Errorf("Synapse's figures: %+v", d)
+	}
+}

@@ -45,6 +45,19 @@ func run() int {
 	flag.BoolVar(&c.NoTickets, "no-tickets", false, "never resume TLS sessions")
 	flag.BoolVar(&c.TLS12, "tls12", false, "TLS 1.2 only")
 	flag.DurationVar(&c.IdleTimeout, "idle-timeout", sim.DefaultIdleTimeout, "until an unused connection is closed")
+	flag.IntVar(&c.RoomMembers, "room-members", 0, "members of the big rooms, each on another server; 0: no rooms")
+	flag.DurationVar(&c.SendJoin.Delay, "send-join-delay", 0, "delay of the headers of answers to send_join")
+	flag.DurationVar(&c.SendJoin.Drip, "send-join-drip", 0, "time over which their body is spread")
+	flag.Int64Var(&c.SendJoin.Rate, "send-join-rate", 0, "bytes of their body in a second; 0: no limit")
+	flag.Int64Var(&c.SendJoin.Size, "send-join-size", 0, "bytes that their body has at least")
+	flag.BoolVar(&c.SendJoin.Chunked, "send-join-chunked", false, "no Content-Length")
+	flag.BoolVar(&c.Notary, "notary", false, "make the first server a notary that knows all keys")
+	flag.DurationVar(&c.NotaryLatency, "notary-latency", 0, "delay of its answers")
+	flag.Func("key-fault", "what is wrong with keys: wrong-name, swapped, bad-signature, oversized, cut or wrong-type",
+		func(s string) (err error) {
+			c.KeyFault, err = sim.ParseKeyFault(s)
+			return err
+		})
 	flag.Func("origin", `verify requests of this homeserver: "NAME ed25519:VERSION PUBLIC_KEY_IN_BASE64" (repeatable)`,
 		func(s string) error {
 			o, err := parseOrigin(s)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -92,4 +93,34 @@ func statCPU(stat []byte) (time.Duration, error) {
 // /proc/PID/clear_refs.
 func resetPeak(pid int) error {
 	return os.WriteFile(filepath.Join("/proc", strconv.Itoa(pid), "clear_refs"), []byte("5"), 0)
+}
+
+// RefusedConnects returns how many attempts to open a TCP connection have failed
+// so far, on this machine as a whole: a server that refuses them does not see
+// them, but the kernel counts.
+func RefusedConnects() (int64, error) {
+	text, err := os.ReadFile("/proc/net/snmp")
+	if err != nil {
+		return 0, err
+	}
+	return snmpCount(text, "Tcp", "AttemptFails")
+}
+
+// snmpCount returns a field of /proc/net/snmp, where each protocol has a line of
+// names and a line of values.
+func snmpCount(snmp []byte, protocol, field string) (int64, error) {
+	var names []string
+	for line := range strings.Lines(string(snmp)) {
+		words := strings.Fields(line)
+		switch {
+		case len(words) == 0 || words[0] != protocol+":":
+		case names == nil:
+			names = words
+		default:
+			if i := slices.Index(names, field); i >= 0 && i < len(words) {
+				return strconv.ParseInt(words[i], 10, 64)
+			}
+		}
+	}
+	return 0, fmt.Errorf("rig: /proc/net/snmp has no %s of %s", field, protocol)
 }

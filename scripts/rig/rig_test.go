@@ -2,6 +2,7 @@ package rig
 
 import (
 	"context"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -94,6 +95,32 @@ func TestStatCPU(t *testing.T) {
 		if got, err := statCPU([]byte(bad)); err == nil {
 			t.Errorf("%q: %v", bad, got)
 		}
+	}
+}
+
+func TestRefusedConnects(t *testing.T) {
+	const snmp = "Ip: Forwarding DefaultTTL\nIp: 1 64\nTcp: RtoAlgorithm AttemptFails\nTcp: 1 17\n"
+	if got, err := snmpCount([]byte(snmp), "Tcp", "AttemptFails"); got != 17 || err != nil {
+		t.Errorf("%d, %v, want 17", got, err)
+	}
+	if got, err := snmpCount([]byte(snmp), "Tcp", "Forwarding"); err == nil {
+		t.Errorf("%d", got)
+	}
+	before, err := RefusedConnects()
+	if err != nil {
+		t.Fatal(err)
+	}
+	address, err := FreeAddress()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c, err := net.Dial("tcp", address); err == nil {
+		c.Close()
+		t.Skip("another program has taken the address")
+	}
+	// Other programs may be refused as well.
+	if after, err := RefusedConnects(); err != nil || after <= before {
+		t.Errorf("%d before and %d after one was refused, %v", before, after, err)
 	}
 }
 

@@ -47,6 +47,18 @@ type Config struct {
 	TLS12       bool          // TLS 1.2 and no newer
 	IdleTimeout time.Duration // until an unused connection is closed; 0: DefaultIdleTimeout
 
+	// RoomMembers is how many members the big rooms have, each on another server;
+	// so many of the first servers are in them (see RoomID). 0: there are none.
+	RoomMembers int
+	SendJoin    SendJoin // of all servers
+
+	// Notary makes the first server a notary that knows all keys, and well
+	// whatever Shares says. NotaryLatency passes before its answers to key queries,
+	// on top of Latency.
+	Notary        bool
+	NotaryLatency time.Duration
+	KeyFault      KeyFault // of all servers' answers with keys
+
 	// Remember is how many of the latest PDUs a server knows when they come
 	// again; others are taken for new. Each costs a comparison with every new
 	// one. 0: DefaultRemember.
@@ -68,7 +80,7 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Port < 0 || c.Port > math.MaxUint16 {
 		return c, fmt.Errorf("port %d: want 0 to %d", c.Port, math.MaxUint16)
 	}
-	for _, d := range []time.Duration{c.Latency, c.Jitter, c.SlowDelay, c.IdleTimeout} {
+	for _, d := range []time.Duration{c.Latency, c.Jitter, c.SlowDelay, c.IdleTimeout, c.NotaryLatency} {
 		if d < 0 {
 			return c, fmt.Errorf("a duration of %v is negative", d)
 		}
@@ -80,6 +92,15 @@ func (c Config) withDefaults() (Config, error) {
 		if len(o.PublicKey) != ed25519.PublicKeySize {
 			return c, fmt.Errorf("public key of %s has %d bytes: want %d", o.Name, len(o.PublicKey), ed25519.PublicKeySize)
 		}
+	}
+	if c.RoomMembers < 0 || c.RoomMembers > c.Servers {
+		return c, fmt.Errorf("%d members of a room: want 0 to %d, one on each server", c.RoomMembers, c.Servers)
+	}
+	if err := c.SendJoin.check(); err != nil {
+		return c, err
+	}
+	if c.KeyFault >= NumKeyFaults {
+		return c, fmt.Errorf("no fault of keys has the number %d", c.KeyFault)
 	}
 	if c.SlowDelay == 0 {
 		c.SlowDelay = DefaultSlowDelay

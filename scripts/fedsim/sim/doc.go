@@ -17,6 +17,21 @@
 // answer is short, but the transaction counts. Dead, Hanging, Failing and
 // Garbage servers take nothing, nor does a Limited one over its rate.
 //
+// # Rooms and keys
+//
+// With Config.RoomMembers there are big rooms, of which a homeserver can join one
+// and fetch the state (RoomID). Their events are of the usual sizes, carry the
+// names, key ids and signatures that a reader looks for, and are made while they
+// are sent, so that an answer of any size takes no memory. They do not stand a
+// check: a server signs only its membership, and as a whole instead of redacted,
+// and puts that signature on all its events; hashes and ids are made up. Room
+// version 10 says that a homeserver must check them, so Synapse joins none of
+// these rooms. SetSendJoin makes answers late, slow and large.
+//
+// Keys are right, signed by those whose they are. Every server publishes its own;
+// with Config.Notary the first one answers for all, as a notary does. SetKeyFault
+// makes them wrong, for tests of who must not believe them.
+//
 // # Cost
 //
 // A living server costs one listening socket and one goroutine that waits for

@@ -2,17 +2,18 @@ package sim
 
 import (
 	"encoding/json"
-	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
-	"time"
 
 	"fsbus/bus/matrix"
 )
 
-// sendEndpoint is the name of the endpoint that takes transactions.
-const sendEndpoint = "send"
+// The names of endpoints that statistics treat in ways of their own.
+const (
+	sendEndpoint     = "send" // takes transactions
+	sendJoinEndpoint = "send_join"
+)
 
 // maxMedia is the largest media answer, in bytes.
 const maxMedia = 1 << 30
@@ -39,7 +40,12 @@ var endpoints = []endpoint{
 	{"user/keys/claim", "POST /_matrix/federation/v1/user/keys/claim", true, keysClaim},
 	{sendEndpoint, "PUT /_matrix/federation/v1/send/{txn}", true, send},
 	{"event", "GET /_matrix/federation/v1/event/{event}", true, event},
+	{"state", "GET /_matrix/federation/v1/state/{room}", true, state},
+	{"state_ids", "GET /_matrix/federation/v1/state_ids/{room}", true, stateIDs},
+	{"event_auth", "GET /_matrix/federation/v1/event_auth/{room}/{event}", true, eventAuth},
 	{"make_join", "GET /_matrix/federation/v1/make_join/{room}/{user}", true, makeJoin},
+	{sendJoinEndpoint, "PUT /_matrix/federation/v2/send_join/{room}/{event}", true, sendJoin},
+	{sendJoinEndpoint, "PUT /_matrix/federation/v1/send_join/{room}/{event}", true, sendJoinV1},
 	{"media/download", "GET /_matrix/federation/v1/media/download/{media}", true, media},
 	{"unknown", "/", false, unknown},
 }
@@ -69,39 +75,8 @@ func (s *server) localpart(id string, sigil byte) (string, bool) {
 	return local, ok && local != "nobody"
 }
 
-// room is the id of the one room that each server has.
+// room is the id of the one room that each server lists. Nobody can join it.
 func (s *server) room() string { return "!room:" + string(s.name) }
-
-// keyServer is S2S "Publishing Keys".
-func keyServer(s *server, _ *request) answer {
-	return answer{status: http.StatusOK, body: s.publicKeys()}
-}
-
-// publicKeys is the server's signed key object, valid for a day.
-func (s *server) publicKeys() []byte {
-	until := time.Now().Add(24 * time.Hour).UnixMilli()
-	body, err := matrix.ServerKeys(string(s.name), until, []matrix.SigningKey{s.signingKey()}, nil)
-	if err != nil {
-		panic(fmt.Sprintf("sim: keys of %s: %v", s.name, err))
-	}
-	return body
-}
-
-// keyQuery is S2S "Querying Keys Through Another Server", of which the server
-// answers what concerns itself.
-func keyQuery(s *server, r *request) answer {
-	var query struct {
-		ServerKeys map[string]json.RawMessage `json:"server_keys"`
-	}
-	if json.Unmarshal(r.body, &query) != nil {
-		return notJSON()
-	}
-	keys := []json.RawMessage{}
-	if _, asked := query.ServerKeys[string(s.name)]; asked {
-		keys = append(keys, s.publicKeys())
-	}
-	return ok(object{"server_keys": keys})
-}
 
 func version(*server, *request) answer {
 	return ok(object{"server": object{"name": "fedsim", "version": "1"}})
@@ -206,47 +181,6 @@ func keysClaim(s *server, r *request) answer {
 		users[user] = keys
 	}
 	return ok(object{"one_time_keys": users})
-}
-
-func event(s *server, r *request) answer {
-	now := time.Now().UnixMilli()
-	return ok(object{
-		"origin":           s.name,
-		"origin_server_ts": now,
-		"pdus": []object{{
-			"event_id":         r.PathValue("event"),
-			"type":             "m.room.message",
-			"room_id":          s.room(),
-			"sender":           "@user:" + string(s.name),
-			"origin_server_ts": now,
-			"depth":            1,
-			"auth_events":      []string{},
-			"prev_events":      []string{},
-			"content":          object{"msgtype": "m.text", "body": "simulated"},
-			"hashes":           object{"sha256": strings.Repeat("A", 43)},
-			"signatures":       object{},
-		}},
-	})
-}
-
-// makeJoin returns the frame of a membership event. There is no send_join: the
-// rooms have no state to send.
-func makeJoin(s *server, r *request) answer {
-	user := r.PathValue("user")
-	return ok(object{
-		"room_version": "10",
-		"event": object{
-			"type":             "m.room.member",
-			"room_id":          r.PathValue("room"),
-			"sender":           user,
-			"state_key":        user,
-			"origin_server_ts": time.Now().UnixMilli(),
-			"depth":            1,
-			"auth_events":      []string{},
-			"prev_events":      []string{},
-			"content":          object{"membership": "join"},
-		},
-	})
 }
 
 // media answers a download of the id "bytes-N" with N bytes, as S2S "Content

@@ -1,12 +1,14 @@
 package sim
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"io"
+	"iter"
 	"math/rand/v2"
 	"net/http"
 	"strconv"
@@ -26,14 +28,27 @@ type request struct {
 	origin string // who signed it; "" when that is not verified
 }
 
-// answer is what goes back: head, then filler, then body.
+// answer is what goes back: head, then filler, then stream, then body.
 type answer struct {
 	status      int
 	contentType string // "": JSON
 	head        []byte
-	filler      int64 // bytes
+	filler      int64            // bytes
+	stream      iter.Seq[[]byte] // nil: none
+	streamed    int64            // bytes that stream yields
 	body        []byte
 	retryAfter  time.Duration // 0: none
+
+	delay   time.Duration // on top of the server's
+	drip    time.Duration // see SendJoin
+	rate    int64         // likewise
+	chunked bool          // likewise
+	cut     bool          // the connection is closed in the middle of the body
+}
+
+// size is that of the whole body, in bytes.
+func (a *answer) size() int64 {
+	return int64(len(a.head)) + a.filler + a.streamed + int64(len(a.body))
 }
 
 // ok answers with the JSON of a value made of maps, slices and strings.
@@ -69,19 +84,19 @@ func (w *World) handle(e *endpoint, rw http.ResponseWriter, r *http.Request) {
 
 	kind := s.kindNow()
 	a, whole := w.answer(e, s, kind, rw, r)
-	if !whole || !pause(r.Context(), s.delay()) {
+	if !whole || !pause(r.Context(), s.delay()+a.delay) {
 		end(outcomeGone)
 		panic(http.ErrAbortHandler)
 	}
-	switch kind {
-	case Garbage:
+	switch {
+	case kind == Garbage:
 		end(outcomeGarbage)
 		writeGarbage(rw, w.config.Seed)
-	case Cut:
-		a.write(rw, true, func() { end(outcomeCut) })
+	case kind == Cut || a.cut:
+		a.write(r.Context(), rw, true, func() { end(outcomeCut) })
 		panic(http.ErrAbortHandler) // closes the connection
 	default:
-		a.write(rw, false, func() { end(strconv.Itoa(a.status)) })
+		a.write(r.Context(), rw, false, func() { end(strconv.Itoa(a.status)) })
 	}
 }
 
@@ -179,11 +194,13 @@ var filler = bytes.Repeat([]byte("fedsim filler, 32 bytes a line.\n"), 1024)
 // write sends the answer, or, for half of it, headers that promise all. It calls
 // end before the last bytes go, so that a client that has its answer finds its
 // request counted as over. Errors are the client's business.
-func (a answer) write(rw http.ResponseWriter, half bool, end func()) {
-	size := int64(len(a.head)) + a.filler + int64(len(a.body))
+func (a answer) write(ctx context.Context, rw http.ResponseWriter, half bool, end func()) {
+	size := a.size()
 	h := rw.Header()
 	h.Set("Content-Type", cmp.Or(a.contentType, "application/json"))
-	h.Set("Content-Length", strconv.FormatInt(size, 10))
+	if !a.chunked {
+		h.Set("Content-Length", strconv.FormatInt(size, 10))
+	}
 	if a.retryAfter > 0 {
 		h.Set("Retry-After", strconv.FormatInt(int64((a.retryAfter+time.Second-1)/time.Second), 10))
 	}
@@ -193,8 +210,12 @@ func (a answer) write(rw http.ResponseWriter, half bool, end func()) {
 	if half {
 		left /= 2
 	}
+	var out io.Writer = rw
+	if a.drip > 0 || a.rate > 0 {
+		out = newPacer(ctx, rw, size, a.drip, a.rate)
+	}
 	send := func(b []byte) bool {
-		n, err := rw.Write(b[:min(int64(len(b)), left)])
+		n, err := out.Write(b[:min(int64(len(b)), left)])
 		left -= int64(n)
 		return err == nil
 	}
@@ -203,6 +224,18 @@ func (a answer) write(rw http.ResponseWriter, half bool, end func()) {
 		b := filler[:min(int64(len(filler)), rest)]
 		good = send(b)
 		rest -= int64(len(b))
+	}
+	if good && a.stream != nil && left > 0 {
+		slow := out
+		pieces := bufio.NewWriterSize(slow, 32<<10) // events are small
+		out = pieces
+		for b := range a.stream {
+			if good = send(b); !good || left == 0 {
+				break
+			}
+		}
+		good = pieces.Flush() == nil && good
+		out = slow
 	}
 	end()
 	if good {

@@ -93,7 +93,7 @@ func (s *server) admit(raw net.Conn, l net.Listener) (*conn, Kind, bool) {
 		s.conns = make(map[*conn]struct{})
 	}
 	s.conns[c] = struct{}{}
-	s.world.recorder.opened(1)
+	s.world.recorder.opened(s, 1)
 	return c, s.kindNow(), true
 }
 
@@ -123,7 +123,7 @@ func (c *conn) Close() error {
 		s.mu.Lock()
 		delete(s.conns, c)
 		s.mu.Unlock()
-		s.world.recorder.opened(-1)
+		s.world.recorder.opened(s, -1)
 		err = c.Conn.Close()
 	})
 	return err

@@ -31,6 +31,8 @@ type server struct {
 	answers atomic.Uint64 // so far, for the jitter
 	oneTime atomic.Uint64 // one-time keys handed out so far
 
+	sendJoin atomic.Pointer[SendJoin] // nil: Config.SendJoin
+
 	stats    ServerStats // guarded by the recorder's mutex
 	requests window      // likewise
 
@@ -40,6 +42,10 @@ type server struct {
 	limiter      *rate.Limiter     // nil until a Limited server's first request
 	certificate  *tls.Certificate  // nil until the first handshake
 	key          matrix.SigningKey // zero until the first use
+	published    []byte            // the key object; nil until the first use
+	notarised    []byte            // the same, countersigned by the notary; nil until then
+	republish    time.Time         // when both are too old
+	signatures   map[string]string // by room: what the server signs events with
 	transactions memory            // hash of origin and id -> hash of the body
 	pdus         memory            // hash of EventID
 }
@@ -76,7 +82,7 @@ func (s *server) signingKey() matrix.SigningKey {
 	if s.key.IsZero() {
 		text := binary.BigEndian.AppendUint64([]byte("fedsim key "), s.world.config.Seed)
 		seed := sha256.Sum256(binary.BigEndian.AppendUint64(text, uint64(s.index)))
-		key, err := matrix.NewSigningKey(seed[:], "sim")
+		key, err := matrix.NewSigningKey(seed[:], keyVersion)
 		if err != nil {
 			panic(fmt.Sprintf("sim: signing key of server %d: %v", s.index, err))
 		}

@@ -116,6 +116,8 @@ type ServerStats struct {
 	Transactions    int64 `json:"transactions"`
 	PDUs            int64 `json:"pdus"` // without duplicates
 	EDUs            int64 `json:"edus"`
+	SendJoins       int64 `json:"send_joins"`
+	Connections     int64 `json:"connections"` // accepted
 	SendInFlight    int64 `json:"send_in_flight"`
 	MaxSendInFlight int64 `json:"max_send_in_flight"`
 }
@@ -198,13 +200,14 @@ func (r *recorder) server(s *server) ServerStats {
 	return c
 }
 
-// opened notes a change of the number of open connections: 1 or -1.
-func (r *recorder) opened(change int64) {
+// opened notes a change of the number of open connections to s: 1 or -1.
+func (r *recorder) opened(s *server, change int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	c := &r.stats.Connections
 	if change > 0 {
 		c.Accepted++
+		s.stats.Connections++
 	}
 	c.Open += change
 	c.MaxOpen = max(c.MaxOpen, c.Open)
@@ -252,6 +255,9 @@ func (r *recorder) begin(s *server, endpoint string) {
 	s.requests.add(time.Since(r.since), maxServerWindow)
 	st.MaxPerServerSecond = max(st.MaxPerServerSecond, s.requests.max)
 
+	if endpoint == sendJoinEndpoint {
+		s.stats.SendJoins++
+	}
 	if endpoint != sendEndpoint {
 		return
 	}

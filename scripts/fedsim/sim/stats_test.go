@@ -64,9 +64,9 @@ func TestRecorderSeesOverlappingTransactions(t *testing.T) {
 
 func TestResetKeepsWhatIsUnderWay(t *testing.T) {
 	r, s := newRecorder(), &server{}
-	r.opened(1)
-	r.opened(1)
-	r.opened(-1)
+	r.opened(s, 1)
+	r.opened(s, 1)
+	r.opened(s, -1)
 	r.begin(s, sendEndpoint)
 	r.begin(s, "version")
 	r.end(s, "version", "200")
@@ -80,7 +80,7 @@ func TestResetKeepsWhatIsUnderWay(t *testing.T) {
 		t.Errorf("after reset: %+v", got)
 	}
 	r.end(s, sendEndpoint, "200")
-	r.opened(-1)
+	r.opened(s, -1)
 	if got := r.snapshot(); got.InFlight != 0 || got.Connections.Open != 0 || got.Endpoints[sendEndpoint].Outcomes["200"] != 1 {
 		t.Errorf("after the end of all: %+v", got)
 	}

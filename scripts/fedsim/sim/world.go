@@ -10,7 +10,9 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -26,6 +28,7 @@ type World struct {
 	names     []matrix.ServerName
 	hashes    maphash.Seed // of what servers remember
 	queue     *queue
+	keyFault  atomic.Uint32 // a KeyFault
 	http      *http.Server
 	running   sync.WaitGroup
 
@@ -49,6 +52,9 @@ func New(c Config) (*World, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sim: %w", err)
 	}
+	if well := slices.Index(kinds, Well); c.Notary && well >= 0 {
+		kinds[well], kinds[NotaryServer] = kinds[NotaryServer], kinds[well]
+	}
 	authority, err := newAuthority(time.Now())
 	if err != nil {
 		return nil, fmt.Errorf("sim: %w", err)
@@ -62,6 +68,7 @@ func New(c Config) (*World, error) {
 		hashes:    maphash.MakeSeed(),
 		queue:     newQueue(),
 	}
+	w.SetKeyFault(c.KeyFault)
 	for i, kind := range kinds {
 		w.servers[i] = &server{world: w, index: i}
 		w.servers[i].kind.Store(uint32(kind))

@@ -308,7 +308,8 @@ func TestEndpoints(t *testing.T) {
 		{"GET", "/_matrix/federation/v1/make_join/%21r/%40u?ver=10", "", 200, `"state_key":"@u"`},
 		{"GET", "/_matrix/federation/v1/media/download/nothing", "", 404, matrix.MNotFound},
 		{"GET", "/_matrix/federation/v1/media/download/bytes-1073741825", "", 404, matrix.MNotFound},
-		{"GET", "/_matrix/federation/v1/state/%21r", "", 404, matrix.MUnrecognized},
+		{"GET", "/_matrix/federation/v1/state/%21r", "", 404, matrix.MNotFound},
+		{"GET", "/_matrix/federation/v1/members/%21r", "", 404, matrix.MUnrecognized},
 		{"POST", "/_matrix/federation/v1/version", "", 404, matrix.MUnrecognized},
 	} {
 		r := &fedload.Request{Destination: w.Names()[0], Method: test.method, Target: test.target, Body: []byte(test.body)}
@@ -523,6 +524,12 @@ func TestImpossibleConfigsAreRefused(t *testing.T) {
 		{Servers: 1, Latency: -1},
 		{Servers: 1, Rate: -1},
 		{Servers: 1, Shares: sim.Shares{sim.Dead: 2}},
+		{Servers: 1, RoomMembers: 2},
+		{Servers: 1, RoomMembers: -1},
+		{Servers: 1, SendJoin: sim.SendJoin{Delay: -1}},
+		{Servers: 1, SendJoin: sim.SendJoin{Size: 1<<30 + 1}},
+		{Servers: 1, KeyFault: sim.NumKeyFaults},
+		{Servers: 1, Notary: true, NotaryLatency: -1},
 		{Servers: 1, Origins: []sim.Origin{{Name: "origin.test", KeyID: "ed25519:1"}}},
 	} {
 		if w, err := sim.New(c); err == nil {
