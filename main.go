@@ -225,7 +225,12 @@ func synapseCommand(fs *flag.FlagSet, args []string) int {
 	if !ok {
 		return exitUsage
 	}
-	io.WriteString(os.Stdout, cfg.SynapseConfig())
+	lines, err := cfg.SynapseConfig()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "fsbus:", err)
+		return exitFailed
+	}
+	io.WriteString(os.Stdout, lines)
 	return exitOK
 }
 

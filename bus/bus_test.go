@@ -1,9 +1,11 @@
 package bus
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"math/rand/v2"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,11 +22,14 @@ type rig struct {
 	req  ReqID
 	last []Effect // of the latest step
 	all  []Effect
+
+	steps, checkEach int // Check after so many steps, 0: after each
 }
 
 func newRig(t *testing.T, change func(*Config)) *rig {
 	t.Helper()
 	cfg := Default()
+	cfg.KnownAnswers = 0 // so that the only commits are those that a test is about
 	if change != nil {
 		change(&cfg)
 	}
@@ -35,6 +40,9 @@ func (r *rig) step(ev Event) []Effect {
 	r.t.Helper()
 	r.last = r.m.Step(r.now, ev, nil)
 	r.all = append(r.all, r.last...)
+	if r.steps++; r.checkEach > 0 && r.steps%r.checkEach != 0 {
+		return r.last
+	}
 	if err := r.m.Check(); err != nil {
 		r.t.Fatalf("after %T%+v: %v", ev, ev, err)
 	}
@@ -62,9 +70,13 @@ func (r *rig) get(dest matrix.ServerName, method, target string) ReqID {
 	r.req++
 	ep := matrix.Match(method, target)
 	a := Arrived{Req: r.req, Dest: dest, Endpoint: ep, Class: ep.Class, Received: r.now}
-	copy(a.Key[:], fmt.Sprintf("%s%s", dest, target[max(0, len(target)-20):]))
+	a.Key = keyOf(dest, target)
 	r.step(a)
 	return r.req
+}
+
+func keyOf(dest matrix.ServerName, target string) Key {
+	return sha256.Sum256([]byte(string(dest) + " " + target))
 }
 
 func (r *rig) profile(dest matrix.ServerName, n int) ReqID {
@@ -120,12 +132,12 @@ func TestEqualRequestsShareOneAttempt(t *testing.T) {
 	r.one("the second waits with the first, its body is freed", reflect.DeepEqual(r.last, []Effect{Free{b}}))
 	r.step(Connected{op})
 	r.step(Answered{Op: op, Status: 200})
-	r.one("both are answered", reflect.DeepEqual(of[Reply](r.last), []Reply{{a, op}, {b, op}}))
+	r.one("both are answered", reflect.DeepEqual(of[Reply](r.last), []Reply{{Req: a, Op: op}, {Req: b, Op: op, From: FromOther}}))
 	c := r.profile("h.test", 1)
-	r.one("a third joins while the body is on its way", reflect.DeepEqual(of[Reply](r.last), []Reply{{c, op}}))
+	r.one("a third joins while the body is on its way", reflect.DeepEqual(of[Reply](r.last), []Reply{{Req: c, Op: op, From: FromOther}}))
 	r.step(Done{Op: op, Size: 100, Kept: true})
 	d := r.profile("h.test", 1)
-	r.one("a fourth is answered from the cache", reflect.DeepEqual(of[Reply](r.last), []Reply{{d, op}}))
+	r.one("a fourth is answered from the cache", reflect.DeepEqual(of[Reply](r.last), []Reply{{Req: d, Op: op, From: FromCache}}))
 	if s := r.m.stats; s.Attempts != 1 || s.Shared != 2 || s.CacheHits != 1 {
 		t.Errorf("attempts %d, shared %d, cache hits %d; want 1, 2, 1", s.Attempts, s.Shared, s.CacheHits)
 	}
@@ -160,7 +172,9 @@ func TestFirstRequestToAHostIsThePreflightOfTheOthers(t *testing.T) {
 	r.profile("h.test", 3)
 	r.one("the others wait", len(of[Send](r.last)) == 0)
 	r.step(Connected{op})
-	r.one("the connection lets the next one go; lookups use two of four places", len(of[Send](r.last)) == 1)
+	r.one("the connection lets the others go", len(of[Send](r.last)) == 2)
+	r.profile("h.test", 4)
+	r.one("lookups use three of four places", len(of[Send](r.last)) == 0)
 }
 
 // A host that nobody has talked to has its whole burst to spend.
@@ -239,15 +253,16 @@ func TestJoinTriesAHostThatIsBackingOff(t *testing.T) {
 func TestOldAnswerIsBetterThanNone(t *testing.T) {
 	r := newRig(t, nil)
 	r.works("h.test") // profile -1 is cached
+	at := r.now
 	op := of[Send](r.all)[0].Op
 	r.pass(20 * time.Minute)
 	r.profile("h.test", -1)
 	second := r.sent().Op
 	r.step(Done{Op: second, Failure: matrix.FailRefused})
-	r.one("when the attempt fails", reflect.DeepEqual(of[Reply](r.last), []Reply{{2, op}}))
+	r.one("when the attempt fails", reflect.DeepEqual(of[Reply](r.last), []Reply{{Req: 2, Op: op, From: FromStale, Age: r.now.Sub(at)}}))
 	r.profile("h.test", -1)
-	r.one("and while the host is backing off", reflect.DeepEqual(of[Reply](r.last), []Reply{{3, op}}))
-	r.pass(2 * time.Hour)
+	r.one("and while the host is backing off", reflect.DeepEqual(of[Reply](r.last), []Reply{{Req: 3, Op: op, From: FromStale, Age: r.now.Sub(at)}}))
+	r.pass(25 * time.Hour)
 	r.profile("h.test", -1)
 	for _, c := range of[Commit](r.all) {
 		if _, under := r.m.commits[c.Batch]; under {
@@ -272,7 +287,7 @@ func TestRateLimitIsHonouredWithinTheCallersTime(t *testing.T) {
 	start := r.now
 	r.pass(2990 * time.Millisecond)
 	r.one("until the remote's time is over", len(of[Send](r.all)) == 2)
-	r.pass(20 * time.Millisecond)
+	r.pass(3 * time.Second) // one at a time, at the rate that the pause speaks of
 	if sends := of[Send](r.all); len(sends) != 4 {
 		t.Fatalf("%d attempts %s after the 429, want both requests on their way", len(sends), r.now.Sub(start))
 	}
@@ -312,6 +327,10 @@ func TestRequestsAreAnsweredJustBeforeTheirCallerGivesUp(t *testing.T) {
 		if len(e) != 1 || e[0].Status != 504 || !strings.Contains(e[0].Text, "has not answered in time") {
 			t.Errorf("%s: refused with %+v", tt.target, e)
 		}
+		if runsOn := matrix.Match(tt.method, tt.target).RunOn; runsOn > 0 {
+			r.one("the attempt runs on", len(of[Cancel](r.all)) == 0)
+			r.pass(runsOn - tt.after)
+		}
 		r.one("the attempt is given up", len(of[Cancel](r.all)) == 1)
 		r.step(Done{Op: op, Failure: matrix.FailCancelled})
 	}
@@ -331,10 +350,10 @@ func TestCallerThatGoesCancelsOnlyWhatMayBeCancelled(t *testing.T) {
 	r.one("who asks now gets an attempt of its own", len(of[Send](r.last)) == 1)
 	r.step(Done{Op: op, Failure: matrix.FailCancelled})
 
-	c := r.get("h.test", "PUT", "/_matrix/federation/v2/send_join/r/e")
+	c := r.get("h.test", "PUT", "/_matrix/federation/v1/send_knock/r/e")
 	join := r.sent().Op
 	r.step(Gone{c})
-	r.one("a join runs on", len(of[Cancel](r.last)) == 0)
+	r.one("a knock runs on", len(of[Cancel](r.last)) == 0)
 	r.pass(time.Minute)
 	r.one("until its caller would have given up", len(of[Cancel](r.all)) == 3) // the lookup's second attempt was given up before
 	r.one("and nobody is answered", len(of[Refuse](r.all)) == 1)               // the lookup that nobody answered
@@ -347,30 +366,55 @@ func TestCallerThatGoesCancelsOnlyWhatMayBeCancelled(t *testing.T) {
 // being tried, and get a second, longer chance themselves.
 func TestSlowConnectsMakeRoomForOthers(t *testing.T) {
 	r := newRig(t, func(c *Config) { c.Workers, c.Unknown, c.Failing = 16, 8, 2 })
+	event := func(i int) {
+		r.get(matrix.ServerName(fmt.Sprintf("h%d.test", i)), "GET", fmt.Sprintf("/_matrix/federation/v1/event/$%d", i))
+	}
 	for i := range 20 {
-		r.profile(matrix.ServerName(fmt.Sprintf("h%d.test", i)), 1)
+		event(i)
 	}
 	first := of[Send](r.all)
 	r.pass(patience)
 	cancelled := of[Cancel](r.all)
-	r.one("those that hang make room", len(cancelled) == len(first))
+	r.one("those that hang make room: some go on among the failing ones", len(cancelled) == len(first)-1 && len(of[Send](r.all)) == len(first)+1)
+	onlySlow := first[0]
+	for _, c := range cancelled {
+		r.one("and not the first", c.Op != onlySlow.Op)
+	}
+	r.step(Connected{onlySlow.Op})
+	r.answer(onlySlow.Op, 200)
+	r.one("which was only slow", len(of[Reply](r.all)) == 1)
 	r.step(Done{Op: cancelled[0].Op, Failure: matrix.FailCancelled})
-	sends := of[Send](r.last)
-	r.one("for one that waits, and are tried again among the failing ones", len(sends) == 2)
 	if refused := of[Refuse](r.all); len(refused) != 0 {
 		t.Errorf("refused: %+v", refused)
 	}
-	again := sends[0]
-	if again.Req != first[0].Req {
-		again = sends[1]
+	again := of[Send](r.all)
+	r.one("the others are tried again", slices.ContainsFunc(again, func(s Send) bool { return s.Op > cancelled[0].Op && s.Req == first[1].Req }))
+}
+
+func TestLookupsAtSilentHostsAreGivenUpSoon(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.Workers, c.Unknown, c.Failing = 16, 8, 2 })
+	for i := range 20 {
+		r.profile(matrix.ServerName(fmt.Sprintf("h%d.test", i)), 1)
 	}
 	r.pass(patience)
-	for _, c := range of[Cancel](r.all)[len(first):] {
-		r.one("the second chance is not cut short", c.Op != again.Op)
+	cancelled := of[Cancel](r.all)
+	r.one("all but those that go on among the failing ones", len(cancelled) >= 4)
+	r.step(Done{Op: cancelled[0].Op, Failure: matrix.FailCancelled})
+	refused := of[Refuse](r.last)
+	r.one("the caller hears of it", len(refused) == 1 && refused[0].Status == 504)
+	var silent matrix.ServerName
+	for _, s := range of[Send](r.all) {
+		if s.Op == cancelled[0].Op {
+			silent = s.Dest
+		}
 	}
-	r.step(Connected{again.Op})
-	r.answer(again.Op, 200)
-	r.one("it was only slow", len(of[Reply](r.all)) == 1)
+	r.pass(time.Minute)
+	r.profile(silent, 2)
+	refused = of[Refuse](r.last)
+	r.one("who asks a minute later need not wait for the same", len(refused) == 1 && refused[0].Status == 502)
+	r.pass(hangingFor)
+	r.profile(silent, 3)
+	r.one("but it is not given up for ever", len(of[Refuse](r.last)) == 0)
 }
 
 // Whoever asks in the middle of a flood does not wait behind all of it.
@@ -420,7 +464,7 @@ func TestNoClassStarves(t *testing.T) {
 	r := newRig(t, func(c *Config) {
 		c.Workers, c.Unknown, c.Failing = 8, 8, 1
 		c.HostRate, c.HostBurst = 1e6, 1000
-		c.CacheEntries = 0
+		c.CacheBytes = 0
 	})
 	targets := map[matrix.Class][2]string{
 		matrix.ClassJoin:   {"GET", "/_matrix/federation/v1/make_join/r/u%d"},
@@ -464,7 +508,7 @@ func TestNoClassStarves(t *testing.T) {
 }
 
 func TestRequestsBeyondTheBoundAreRefused(t *testing.T) {
-	r := newRig(t, func(c *Config) { c.MaxRequests, c.MaxHosts = 20, 200 })
+	r := newRig(t, func(c *Config) { c.MaxRequests, c.MaxHosts = 20, 400 })
 	for i := range 20 {
 		r.profile("h.test", i)
 	}
@@ -476,7 +520,7 @@ func TestRequestsBeyondTheBoundAreRefused(t *testing.T) {
 }
 
 func TestHostsBeyondTheBoundAreForgottenTheHealthyFirst(t *testing.T) {
-	r := newRig(t, func(c *Config) { c.MaxRequests, c.MaxHosts, c.CacheEntries = 100, 250, 0 })
+	r := newRig(t, func(c *Config) { c.MaxRequests, c.MaxHosts, c.CacheBytes = 100, 450, 0 })
 	r.profile("dead.test", 1)
 	r.step(Done{Op: r.sent().Op, Failure: matrix.FailNoName})
 	for i := range 1000 {
@@ -485,13 +529,13 @@ func TestHostsBeyondTheBoundAreForgottenTheHealthyFirst(t *testing.T) {
 			r.step(Committed{Batch: b, OK: true})
 		}
 	}
-	if len(r.m.hosts) != 250 || r.m.hosts["dead.test"] == nil {
+	if len(r.m.hosts) != 450 || r.m.hosts["dead.test"] == nil {
 		t.Errorf("%d hosts are known, the dead one among them: %t", len(r.m.hosts), r.m.hosts["dead.test"] != nil)
 	}
 }
 
 func TestCacheKeepsToItsBounds(t *testing.T) {
-	r := newRig(t, func(c *Config) { c.CacheEntries, c.CacheBytes, c.HostRate, c.HostBurst = 10, 20*sched.KiB, 1e6, 1000 })
+	r := newRig(t, func(c *Config) { c.CacheBytes, c.HostRate, c.HostBurst = 20*sched.KiB, 1e6, 1000 })
 	r.works("h.test")
 	get := func(n int, size int64) {
 		r.profile("h.test", n)
@@ -502,8 +546,8 @@ func TestCacheKeepsToItsBounds(t *testing.T) {
 	for i := range 100 {
 		get(i, 10)
 	}
-	if n := r.m.cache.recent.Len(); n != 10 {
-		t.Errorf("%d entries, want 10", n)
+	if n := r.m.cache.recent.Len(); n != 19 {
+		t.Errorf("%d entries of 1,034 bytes within 20 KiB, want 19", n)
 	}
 	for i := range 100 {
 		get(100+i, 3000)
@@ -540,7 +584,7 @@ func TestRestoredBackOffIsCutToTheLongest(t *testing.T) {
 }
 
 func TestGatewayErrorsInARowMakeAHostFail(t *testing.T) {
-	r := newRig(t, nil)
+	r := newRig(t, func(c *Config) { c.HostBurst = 10 })
 	r.works("h.test")
 	for i := range softFailures {
 		r.profile("h.test", i)
@@ -589,7 +633,7 @@ func TestValidateNamesWhatIsWrong(t *testing.T) {
 		"host_rate":        func(c *Config) { c.HostRate = 0 },
 		"host_burst":       func(c *Config) { c.HostBurst = 0 },
 		"max_requests":     func(c *Config) { c.MaxRequests = 0 },
-		"max_hosts":        func(c *Config) { c.MaxHosts = c.MaxRequests + int32(c.Workers) },
+		"max_hosts":        func(c *Config) { c.MaxHosts = c.MaxRequests + 3*int32(c.Workers) + aheadAtOnce },
 		"cache":            func(c *Config) { c.CacheBytes = -1 },
 	} {
 		c := Default()
@@ -603,7 +647,7 @@ func TestValidateNamesWhatIsWrong(t *testing.T) {
 // BenchmarkLookup is one lookup from arrival to end at a host that is known.
 func BenchmarkLookup(b *testing.B) {
 	cfg := Default()
-	cfg.HostRate, cfg.HostBurst, cfg.CacheEntries = 1e9, 1<<30, 0
+	cfg.HostRate, cfg.HostBurst, cfg.CacheBytes = 1e9, 1<<30, 0
 	m := New(cfg, rand.New(rand.NewPCG(1, 2)))
 	ep := matrix.Match("GET", "/_matrix/federation/v1/query/profile?user_id=u")
 	now := sched.FromWall(1_800_000_000_000)

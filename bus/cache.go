@@ -7,7 +7,8 @@ import (
 )
 
 // cache keeps the answers of finished attempts for equal requests to come. It
-// holds references only; the bodies are the shell's, until Discard.
+// holds references only; the bodies are the shell's, until Discard. There are three:
+// of small ones, in memory, and of whole ones and of media, in the spool's files.
 type cache struct {
 	entries    map[Key]*list.Element // of *entry
 	recent     *list.List            // the latest used first
@@ -17,15 +18,22 @@ type cache struct {
 }
 
 type entry struct {
-	key   Key
-	op    OpID
-	size  int64
-	fresh sched.Time // until then it answers any equal request
-	stale sched.Time // until then it answers when the host fails
+	key    Key
+	op     OpID
+	status int
+	size   int64
+	stored sched.Time // when it was answered
+	fresh  sched.Time // until then it answers any equal request
+	stale  sched.Time // until then it answers when the host fails
+	keep   bool       // it is to be stored, and is not yet
 }
 
-// entryCost is what an entry takes beside its body: headers and bookkeeping.
-const entryCost = 1024
+const (
+	// entryCost is what an entry takes beside its body: headers and bookkeeping.
+	entryCost = 1024
+	// shelfFiles bounds the answers in files: each costs a descriptor.
+	shelfFiles = 64
+)
 
 func (c *cache) init() {
 	c.entries = make(map[Key]*list.Element)
@@ -41,29 +49,40 @@ func (c *cache) get(k Key) *entry {
 	return el.Value.(*entry)
 }
 
-// put keeps the answer of op if its endpoint and its status allow that and it
-// fits, and lets go of what it displaces.
-func (c *cache) put(m *Machine, call *call, op OpID, size int64) bool {
-	ep := call.endpoint
-	size += entryCost
-	if ep.CacheFor <= 0 || call.status != 200 || c.maxEntries == 0 || size > c.maxBytes/4 {
-		return false
+// fits reports whether an answer of this size may be kept.
+func (c *cache) fits(size int64) bool { return c.maxEntries > 0 && size <= c.maxBytes/4 }
+
+// put keeps an answer that fits, and lets go of what it displaces.
+func (c *cache) put(m *Machine, e *entry) {
+	c.drop(m, e.key)
+	for c.recent.Len() >= c.maxEntries || c.bytes+e.size > c.maxBytes {
+		c.dropElement(m, c.recent.Back())
 	}
-	if old := c.entries[call.key]; old != nil {
-		c.drop(m, old)
-	}
-	for c.recent.Len() >= c.maxEntries || c.bytes+size > c.maxBytes {
-		c.drop(m, c.recent.Back())
-	}
-	e := &entry{key: call.key, op: op, size: size, fresh: m.now.Add(ep.CacheFor), stale: m.now.Add(ep.CacheFor + ep.StaleFor)}
 	c.entries[e.key] = c.recent.PushFront(e)
-	c.bytes += size
-	return true
+	c.bytes += e.size
 }
 
-func (c *cache) drop(m *Machine, el *list.Element) {
-	e := c.recent.Remove(el).(*entry)
+// drop lets go of the answer under a key, if there is one.
+func (c *cache) drop(m *Machine, k Key) {
+	if el := c.entries[k]; el != nil {
+		c.dropElement(m, el)
+	}
+}
+
+func (c *cache) dropElement(m *Machine, el *list.Element) {
+	e := el.Value.(*entry)
+	if e.keep {
+		m.storeAnswers() // as long as it is there
+	}
+	c.recent.Remove(el)
 	delete(c.entries, e.key)
 	c.bytes -= e.size
 	m.emit(Discard{e.op})
+}
+
+// shrink drops what is over the bounds, after they have changed.
+func (c *cache) shrink(m *Machine) {
+	for c.recent.Len() > c.maxEntries || c.bytes > c.maxBytes {
+		c.dropElement(m, c.recent.Back())
+	}
 }

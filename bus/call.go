@@ -12,10 +12,11 @@ import (
 type request struct {
 	id       ReqID
 	call     *call
-	received sched.Time
 	deadline sched.Time
 	timer    *sched.Timer[timer]
-	gone     bool // nobody listens any more, but the call must not be cut short
+	gone     bool   // nobody listens any more, but the call must not be cut short
+	field    string // the only member of the answer that is wanted; "": all
+	try      int32  // how many have asked the same of the call, with it
 }
 
 // phase is how far a call has come.
@@ -27,6 +28,7 @@ const (
 	phasePacking               // holds a worker; its transaction is being packed
 	phaseRunning               // sent, no answer yet
 	phaseAnswered              // the answer's headers are there
+	phaseLosing                // failed; an old answer is being loaded
 	phaseEnded                 // answered, refused or dropped
 )
 
@@ -34,12 +36,22 @@ const (
 // the outbox does.
 type call struct {
 	key      Key
+	room     string // of a join
+	field    string // that it asks for, of the answer under whole
+	whole    Key
+	tries    int32  // how many have waited for it
 	queue    *queue // of a delivery, which has no leader and no waiters
 	probe    bool   // its host was failing when the queue got its place
 	batch    BatchID
 	txn      TxnInfo
 	expire   *sched.Timer[timer] // when a delivery is given up
 	overdue  bool                // it was
+	desk     *notary             // of a fetch of keys, the same
+	fetches  []*keyFetch
+	wants    []matrix.KeyWant
+	late     *sched.Timer[timer] // when its waiters have waited for long enough
+	slow     bool                // they have
+	ahead    bool                // only to connect, for later
 	host     *host
 	endpoint *matrix.Endpoint
 	class    matrix.Class
@@ -54,6 +66,10 @@ type call struct {
 	started   sched.Time
 	asked     sched.Time // since when there has been a connection, or might have been
 	status    int        // of the answer
+	held      bool       // the answer is held back until all of it is sure to come
+	fallback  bool       // an old answer is better than this one
+	total     int64      // bytes of the answer, -1 if the remote did not say
+	size      int64      // that have arrived
 	lane      laneID
 	connected bool // over a new connection, or one that was open
 	cancelled bool
@@ -67,27 +83,42 @@ func (m *Machine) arrived(a Arrived) {
 		panic(fmt.Sprintf("bus: request %d arrived twice", a.Req))
 	}
 	m.stats.Requests[a.Class]++
+	a.Class = m.joinArrived(a)
+	m.route(a)
+}
+
+// route finds the way of a request: an answer that is there, a call that it may
+// join, or one of its own.
+func (m *Machine) route(a Arrived) {
 	shares := a.Endpoint.Share != matrix.ShareNever
 	if shares {
-		if e := m.cache.get(a.Key); e != nil && m.now < e.fresh {
-			m.stats.CacheHits++
-			m.answerNew(a, e.op)
+		if e, field := m.look(a); e != nil {
+			m.joinAgain(a, true)
+			m.answerWith(a, e, field, FromCache)
 			return
 		}
 	}
-	running := m.calls[a.Key]
+	running, field := m.runningFor(a)
 	switch {
-	case running != nil && running.phase == phaseAnswered:
+	case running != nil && running.phase == phaseAnswered && !running.held && !running.fallback:
 		m.stats.Shared++
-		m.answerNew(a, running.op)
+		m.joinAgain(a, false)
+		m.answerNew(a, running.op, field, FromOther, 0)
 		return
 	case m.waiting() >= int(m.cfg.MaxRequests):
-		m.refuseNew(a, 503, matrix.MUnknown, "fsbus: too many requests are waiting", 0)
+		m.refuseNew(a, tooMany)
 		return
 	case running != nil:
 		m.stats.Shared++
-		m.wait(running, a)
+		m.joinAgain(a, false)
+		m.wait(running, a, field)
 		m.emit(Free{a.Req})
+		return
+	case m.loadFor(a, false), m.refusedBefore(a):
+		return
+	}
+	if no, ok := m.turnsAway(a); ok {
+		m.failFast(a, no)
 		return
 	}
 	h := m.hosts[a.Dest]
@@ -95,45 +126,79 @@ func (m *Machine) arrived(a Arrived) {
 		h = m.newHost(a.Dest)
 	}
 	if h.backingOff(m.now) {
-		urgent := a.Class == matrix.ClassJoin && m.now.Sub(h.LastTry) >= probeAgain
-		if !urgent {
-			m.failFast(a, h)
-			return
-		}
-		h.NextTry = m.now
+		h.NextTry = m.now // it is urgent
 	}
-	due := deadline(a)
-	if h.pausedUntil > due {
-		wait := h.pausedUntil.Sub(m.now)
-		m.refuseNew(a, 429, matrix.MLimitExceeded, fmt.Sprintf("fsbus: %s asked to be left alone for another %s", h.Name, round(wait)), wait.Milliseconds())
-		return
-	}
-	c := &call{key: a.Key, host: h, endpoint: a.Endpoint, class: a.Class, leader: a.Req, queued: m.now}
+	c := &call{key: a.Key, room: a.Room, field: a.Field, whole: a.Whole, host: h, endpoint: a.Endpoint, class: a.Class, leader: a.Req, queued: m.now}
 	if shares {
 		m.calls[c.key] = c
 	}
-	m.wait(c, a)
+	m.wait(c, a, "")
 	m.enqueue(c)
 }
 
-func (m *Machine) wait(c *call, a Arrived) {
-	r := &request{id: a.Req, call: c, received: a.Received, deadline: deadline(a)}
+// runningFor returns the call that a request may join, and the field of its
+// answer that is asked for.
+func (m *Machine) runningFor(a Arrived) (c *call, field string) {
+	if c = m.calls[a.Key]; c == nil && a.Field != "" {
+		return m.calls[a.Whole], a.Field
+	}
+	return c, ""
+}
+
+// urgent reports whether a request may try a host that is backing off: for a
+// join a person waits, but not for one that has long been dead, as the caller
+// knows other servers of the room.
+func (m *Machine) urgent(a Arrived, h *host) bool {
+	again := probeAgain
+	if h.Failures >= knownDead && a.Endpoint.Join == matrix.JoinMake {
+		again = probeDead
+	}
+	return a.Class == matrix.ClassJoin && m.now.Sub(h.LastTry) >= again
+}
+
+// turnsAway reports whether a request would come to nothing at its host now, and
+// how it is to be refused then.
+func (m *Machine) turnsAway(a Arrived) (no Refuse, ok bool) {
+	h := m.hosts[a.Dest]
+	switch {
+	case h != nil && (h.backingOff(m.now) && !m.urgent(a, h) || a.Class != matrix.ClassJoin && h.hanging(m.now)):
+		return Refuse{Status: 502, Code: matrix.MUnknown, Text: h.why(m.now)}, true
+	case h != nil && h.pausedUntil > deadline(a):
+		wait := h.pausedUntil.Sub(m.now)
+		return Refuse{Status: 429, Code: matrix.MLimitExceeded, RetryAfter: wait.Milliseconds(),
+			Text: fmt.Sprintf("fsbus: %s asked to be left alone for another %s", h.Name, round(wait))}, true
+	case a.Endpoint.Kind == matrix.AnswerServerKeys && m.keysTried(a.Dest):
+		return Refuse{Status: 502, Code: matrix.MUnknown, Text: fmt.Sprintf("fsbus: %s had no valid keys a moment ago", a.Dest)}, true
+	}
+	return Refuse{}, false
+}
+
+func (m *Machine) wait(c *call, a Arrived, field string) {
+	c.tries++
+	r := &request{id: a.Req, call: c, deadline: deadline(a), field: field, try: c.tries}
+	if c.endpoint.RunOn > 0 {
+		m.timers.Stop(c.expire)
+		c.expire = nil
+	}
 	r.timer = m.timers.Set(r.deadline, timer{req: r})
 	m.reqs[r.id] = r
-	m.maxRequests = max(m.maxRequests, sched.Slots(m.waiting()))
 	c.waiters = append(c.waiters, r)
 }
 
-// failFast answers a request to a host that is backing off: from the cache if
-// an old answer is better than none, else with what is known about the host.
-func (m *Machine) failFast(a Arrived, h *host) {
-	if e := m.cache.get(a.Key); e != nil && m.now < e.stale {
-		m.stats.CacheStale++
-		m.answerNew(a, e.op)
-		return
+// failFast answers a request that would come to nothing: with an old answer if
+// there is one, else with what is known about the host.
+func (m *Machine) failFast(a Arrived, no Refuse) {
+	if a.Endpoint.Share != matrix.ShareNever {
+		if e, field := m.lookStale(a); e != nil {
+			m.answerWith(a, e, field, FromStale)
+			return
+		}
+		if m.loadFor(a, true) {
+			return
+		}
 	}
 	m.stats.FailedFast++
-	m.refuseNew(a, 502, matrix.MUnknown, h.why(m.now), 0)
+	m.refuseNew(a, no)
 }
 
 // Cause says in words how a host failed last.
@@ -195,38 +260,86 @@ func round(d time.Duration) time.Duration {
 	return d.Round(time.Second)
 }
 
+// answerWith answers a request that has not become part of a call with what is
+// known.
+func (m *Machine) answerWith(a Arrived, e *entry, field string, from Source) {
+	if from == FromStale {
+		m.stats.CacheStale++
+	} else {
+		m.stats.CacheHits++
+	}
+	m.answerNew(a, e.op, field, from, m.now.Sub(e.stored))
+}
+
 // answerNew answers a request that has not become part of a call.
-func (m *Machine) answerNew(a Arrived, op OpID) {
+func (m *Machine) answerNew(a Arrived, op OpID, field string, from Source, age time.Duration) {
 	m.stats.Answered++
-	m.emit(Reply{Req: a.Req, Op: op})
+	m.emit(Reply{Req: a.Req, Op: op, Field: field, From: from, Age: age})
 	m.emit(Free{a.Req})
 }
 
 // refuseNew refuses a request that has not become part of a call.
-func (m *Machine) refuseNew(a Arrived, status int, code, text string, retry int64) {
-	m.stats.Refused[status/100]++
-	m.emit(Refuse{Req: a.Req, Status: status, Code: code, Text: text, RetryAfter: retry})
+func (m *Machine) refuseNew(a Arrived, no Refuse) {
+	m.stats.Refused[no.Status/100]++
+	no.Req = a.Req
+	m.emit(no)
 	m.emit(Free{a.Req})
 }
 
+var tooMany = Refuse{Status: 503, Code: matrix.MUnknown, Text: "fsbus: too many requests are waiting"}
+
 // refuse answers every request that waits for c with an error.
 func (m *Machine) refuse(c *call, status int, text string) {
+	code := matrix.MUnknown
+	if status == 429 {
+		code = matrix.MLimitExceeded
+	}
 	for _, r := range m.take(c) {
 		if !r.gone {
 			m.stats.Refused[status/100]++
-			m.emit(Refuse{Req: r.id, Status: status, Code: matrix.MUnknown, Text: text})
+			m.emit(Refuse{Req: r.id, Status: status, Code: code, Text: text})
 		}
 	}
 }
 
-// reply answers every request that waits for c with the answer of op.
-func (m *Machine) reply(c *call, op OpID) {
+// reply answers every request that waits for c with its answer.
+func (m *Machine) reply(c *call) {
+	for _, r := range m.take(c) {
+		if r.gone {
+			continue
+		}
+		m.stats.Answered++
+		m.emit(Reply{Req: r.id, Op: c.op, Field: r.field, From: c.source(r)})
+	}
+}
+
+// source says whose request it was that the answer of c is for.
+func (c *call) source(r *request) Source {
+	if r.id == c.leader {
+		return FromRemote
+	}
+	return FromOther
+}
+
+// replyOld answers every request that waits for c with an old answer, of which
+// field is what c asked for.
+func (m *Machine) replyOld(c *call, e *entry, field string) {
 	for _, r := range m.take(c) {
 		if !r.gone {
-			m.stats.Answered++
-			m.emit(Reply{Req: r.id, Op: op})
+			m.emitOld(r, e, field)
 		}
 	}
+}
+
+// emitOld answers a request with an old answer, of which field is what its call
+// asked for.
+func (m *Machine) emitOld(r *request, e *entry, field string) {
+	m.stats.CacheStale++
+	m.stats.Answered++
+	if r.field != "" {
+		field = r.field
+	}
+	m.emit(Reply{Req: r.id, Op: e.op, Field: field, From: FromStale, Age: m.now.Sub(e.stored)})
 }
 
 // take removes the waiters of c; none of them is known afterwards.
@@ -264,13 +377,20 @@ func (m *Machine) gone(id ReqID) {
 		m.offerGone(id, of)
 		return
 	}
+	if q := m.keys.byReq[id]; q != nil {
+		m.queryGone(q)
+		return
+	}
 	r := m.reqs[id]
 	if r == nil {
-		return // answered while the news was on its way
+		if m.unparked(id) { // else it was answered while the news was on its way
+			m.stats.Gone++
+		}
+		return
 	}
 	m.stats.Gone++
 	c := r.call
-	if c.phase == phaseRunning && !c.endpoint.CancelSafe && len(c.waiters) == 1 {
+	if c.phase == phaseRunning && !c.endpoint.CancelSafe && c.endpoint.RunOn == 0 && len(c.waiters) == 1 {
 		r.gone = true
 		return
 	}
@@ -280,8 +400,15 @@ func (m *Machine) gone(id ReqID) {
 
 // expired: the caller is about to give up.
 func (m *Machine) expired(r *request) {
+	if m.heldTooLong(r) {
+		return
+	}
 	c := r.call
 	m.detach(r)
+	if !r.gone && m.expiredOld(r) {
+		m.abandon(c)
+		return
+	}
 	if !r.gone {
 		m.stats.Expired++
 		m.stats.Refused[5]++
@@ -290,11 +417,31 @@ func (m *Machine) expired(r *request) {
 	m.abandon(c)
 }
 
+// expiredOld answers a request whose time is up with an old answer, if there is
+// one in memory: a host that is silent has failed like any other. There is no time
+// to load one.
+func (m *Machine) expiredOld(r *request) bool {
+	c := r.call
+	if c.endpoint.Share == matrix.ShareNever {
+		return false
+	}
+	e, field := m.lookStale(c.request())
+	if e == nil {
+		return false
+	}
+	m.emitOld(r, e, field)
+	return true
+}
+
 // why says in words what a call was waiting for.
 func (c *call) why(now sched.Time) string {
 	h := c.host
 	switch {
-	case c.phase == phaseRunning && c.connected:
+	case c.held:
+		return c.heldText()
+	case c.phase == phaseLosing:
+		return "fsbus: the store is slow"
+	case c.phase == phaseRunning && c.connected, c.phase == phaseAnswered:
 		return fmt.Sprintf("fsbus: %s has not answered in time", h.Name)
 	case c.phase == phaseRunning:
 		return fmt.Sprintf("fsbus: no connection to %s in time", h.Name)
@@ -320,13 +467,21 @@ func (m *Machine) abandon(c *call) {
 	case phaseIntent:
 		// start sees that nobody waits.
 	case phaseRunning:
-		m.cancel(c)
+		if !m.goesOn(c) {
+			m.cancel(c)
+		}
+	case phaseAnswered:
+		if c.held && !m.goesOn(c) {
+			m.cancel(c)
+		}
 	}
 }
 
 // suspect looks at an attempt at an unknown host that has not connected yet.
-// As long as others wait for such a worker, it goes back into the queue and
-// its host among the failing ones, whose few workers are for finding out.
+// As long as others wait for such a worker, it goes on among the attempts at
+// failing hosts, whose few workers are for finding out. If none of those is free,
+// it is put back into the queue, to be tried again at leisure, as a delivery is in
+// any case; a look-up is given up, as whoever asks had better hear that soon.
 func (m *Machine) suspect(c *call) {
 	if c.connected || c.cancelled || c.lane != laneUnknown {
 		return
@@ -336,6 +491,18 @@ func (m *Machine) suspect(c *call) {
 		return
 	}
 	m.stats.Suspects++
+	if ln := &m.lanes[laneFailing]; c.queue == nil && ln.slots.Free() > 0 && room(c.class, &ln.running, ln.slots.Limit, m.joins.open > 0) {
+		m.giveBack(c)
+		c.lane, c.host.suspect = laneFailing, true
+		m.hold(c)
+		m.ready(c.host)
+		return
+	}
+	if c.class >= matrix.ClassLookup && c.queue == nil {
+		c.overdue = true
+		m.cancel(c)
+		return
+	}
 	c.cancelled, c.retry = true, true
 	m.emit(Cancel{c.op})
 }
@@ -361,6 +528,8 @@ func (m *Machine) end(c *call) {
 		panic(fmt.Sprintf("bus: a call to %s ends while %d requests wait for it", c.host.Name, len(c.waiters)))
 	}
 	c.phase = phaseEnded
+	m.timers.Stop(c.expire)
+	c.expire = nil
 	m.unshare(c)
 	m.emit(Free{c.leader})
 }
@@ -403,12 +572,16 @@ func (m *Machine) answered(c *call, ev Answered) {
 	if c.queue != nil {
 		h.took = m.now.Sub(c.asked)
 	}
+	if ev.Status < 400 {
+		m.faster(h)
+	}
 	if ev.Status == 429 {
 		m.stats.Limited++
 		wait := ev.RetryAfter
 		if wait <= 0 {
 			wait = pause
 		}
+		m.slower(h, wait)
 		h.pausedUntil = max(h.pausedUntil, m.now.Add(wait))
 		if c.queue == nil && c.endpoint.Repeat && m.canWait(c, h.pausedUntil) {
 			c.again = true
@@ -417,7 +590,13 @@ func (m *Machine) answered(c *call, ev Answered) {
 		}
 	}
 	c.phase, c.status = phaseAnswered, ev.Status
-	m.reply(c, c.op)
+	m.joinAnswered(c, ev)
+	m.remember(c, ev.Status, ev.Code)
+	c.fallback = (ev.Status == 429 || gateway(ev.Status)) && m.hasOld(c)
+	if !c.fallback && !m.holdBack(c, ev) {
+		m.joinPassed(c)
+		m.reply(c)
+	}
 	m.ready(h)
 }
 
@@ -453,13 +632,30 @@ func (m *Machine) done(c *call, ev Done) {
 	case c.queue != nil:
 		m.emit(Discard{op})
 		m.delivered(c, ev, retry)
-	case c.phase == phaseAnswered:
-		if ev.Failure == matrix.FailNone && ev.Kept && m.cache.put(m, c, op, ev.Size) {
-			m.end(c)
-			break
-		}
+	case c.desk != nil:
 		m.emit(Discard{op})
-		m.end(c)
+		m.keysDone(c, ev, retry)
+	case c.ahead:
+		m.emit(Discard{op})
+		if ev.Failure != matrix.FailNone {
+			m.blame(c, ev)
+		}
+		m.aheadOver(c)
+		if h.backingOff(m.now) {
+			m.refuseQueue(h)
+		}
+	case c.phase == phaseAnswered && c.fallback:
+		m.emit(Discard{op})
+		status := 502
+		if c.status == 429 {
+			status = 429
+		}
+		if m.lose(c, status, fmt.Sprintf("fsbus: %s answered with status %d", h.Name, c.status)) {
+			m.end(c)
+		}
+	case c.phase == phaseAnswered:
+		m.joinDone(c, ev)
+		m.doneAnswered(c, ev)
 	case (c.again || retry) && m.canWait(c, m.now):
 		h.suspect = retry && !h.reachable
 		c.again, c.cancelled = false, false
@@ -469,15 +665,41 @@ func (m *Machine) done(c *call, ev Done) {
 		h.waiting[c.class]++
 	case c.again:
 		// The time is up after all: pass on what the remote said.
-		m.reply(c, op)
+		m.reply(c)
 		m.emit(Discard{op})
 		m.end(c)
 	default:
 		m.emit(Discard{op})
+		m.joinDone(c, ev)
 		m.doneUnanswered(c, ev)
 	}
 	m.touch(h)
 	m.ready(h)
+}
+
+// doneAnswered handles the end of an answer whose headers were there before.
+func (m *Machine) doneAnswered(c *call, ev Done) {
+	switch {
+	case !c.held:
+	case ev.Failure == matrix.FailNone:
+		m.passOn(c)
+	default:
+		c.held = false
+		m.refuse(c, 502, m.failText(c.host, ev))
+	}
+	if ev.Failure != matrix.FailNone || !m.keep(c, ev) {
+		m.emit(Discard{c.op})
+	}
+	m.end(c)
+}
+
+// failText says in words how an attempt failed.
+func (m *Machine) failText(h *host, ev Done) string {
+	text := fmt.Sprintf("fsbus: %s: %s", h.Name, failureText(ev.Failure, 0))
+	if ev.Detail != "" {
+		text += " (" + cut(ev.Detail) + ")"
+	}
+	return text
 }
 
 // blame notes what an attempt that ended without an answer says about its host.
@@ -518,26 +740,64 @@ func (m *Machine) doneUnanswered(c *call, ev Done) {
 	if f == matrix.FailTimeout || f == matrix.FailCancelled {
 		status = 504
 	}
-	text := fmt.Sprintf("fsbus: %s: %s", h.Name, failureText(f, 0))
-	if ev.Detail != "" {
-		text += " (" + cut(ev.Detail) + ")"
+	if m.lose(c, status, m.failText(h, ev)) {
+		m.end(c)
 	}
-	m.lose(c, status, text)
-	m.end(c)
 	if h.backingOff(m.now) {
 		m.refuseQueue(h)
 	}
 }
 
+// request returns what c asks for, as a request of its own.
+func (c *call) request() Arrived {
+	return Arrived{Key: c.key, Endpoint: c.endpoint, Field: c.field, Whole: c.whole}
+}
+
+// hasOld reports whether there is an old answer to what c asks for.
+func (m *Machine) hasOld(c *call) bool {
+	if len(c.waiters) == 0 {
+		return false
+	}
+	if e, _ := m.lookStale(c.request()); e != nil {
+		return true
+	}
+	_, _, ok := m.knownOld(c)
+	return ok
+}
+
+// knownOld returns the key and the times of a stored old answer.
+func (m *Machine) knownOld(c *call) (k Key, t times, ok bool) {
+	if !c.endpoint.Durable {
+		return k, t, false
+	}
+	if t, ok = m.answers.known[short(c.key)]; ok && m.now < t.stale {
+		return c.key, t, true
+	}
+	if c.field == "" {
+		return k, t, false
+	}
+	t, ok = m.answers.known[short(c.whole)]
+	return c.whole, t, ok && m.now < t.stale
+}
+
 // lose answers the waiters of a call whose attempt failed: with an old answer
-// if there is one that is better than none.
-func (m *Machine) lose(c *call, status int, text string) {
-	if e := m.cache.get(c.key); e != nil && m.now < e.stale {
-		m.stats.CacheStale += int64(len(c.waiters))
-		m.reply(c, e.op)
-		return
+// if there is one that is better than none. It reports false if that has to be
+// loaded first; the call ends then.
+func (m *Machine) lose(c *call, status int, text string) bool {
+	if len(c.waiters) > 0 && c.endpoint.Share != matrix.ShareNever {
+		if e, field := m.lookStale(c.request()); e != nil {
+			m.replyOld(c, e, field)
+			return true
+		}
+		if k, t, ok := m.knownOld(c); ok {
+			l := m.load(k, t)
+			l.losing, l.status, l.text = c, status, text
+			c.phase = phaseLosing
+			return false
+		}
 	}
 	m.refuse(c, status, text)
+	return true
 }
 
 // refuseQueue answers at once all that waits for a host that turned out dead.
@@ -558,9 +818,18 @@ func (m *Machine) refuseQueue(h *host) {
 				m.plan(c.queue)
 				continue
 			}
+			if c.desk != nil {
+				m.keysOver(c, text)
+				continue
+			}
+			if c.ahead {
+				m.aheadOver(c)
+				continue
+			}
 			m.stats.FailedFast += int64(len(c.waiters))
-			m.lose(c, 502, text)
-			m.end(c)
+			if m.lose(c, 502, text) {
+				m.end(c)
+			}
 		}
 	}
 }

@@ -77,7 +77,7 @@ func (m *Machine) Check() error {
 		return fmt.Errorf("%d hosts are idle, the list holds %d", idle, m.idle.n)
 	}
 	for id, r := range m.reqs {
-		if r.id != id || r.timer == nil || r.call.phase == phaseAnswered || r.call.phase == phaseEnded {
+		if r.id != id || r.timer == nil || r.call.phase == phaseAnswered && !r.call.held && !r.call.fallback || r.call.phase == phaseEnded {
 			return fmt.Errorf("request %d waits for a call in phase %d, timer set: %t", id, r.call.phase, r.timer != nil)
 		}
 	}
@@ -89,10 +89,78 @@ func (m *Machine) Check() error {
 	if len(m.hosts) > int(m.cfg.MaxHosts) || m.waiting() > int(m.cfg.MaxRequests) {
 		return fmt.Errorf("%d hosts of %d, %d requests of %d", len(m.hosts), m.cfg.MaxHosts, m.waiting(), m.cfg.MaxRequests)
 	}
-	if n := m.cache.recent.Len(); n > m.cache.maxEntries || m.cache.bytes > m.cache.maxBytes || n != len(m.cache.entries) {
-		return fmt.Errorf("cache: %d and %d entries of %d, %d bytes of %d", n, len(m.cache.entries), m.cache.maxEntries, m.cache.bytes, m.cache.maxBytes)
+	if err := m.checkAnswers(); err != nil {
+		return err
+	}
+	if err := m.checkKeys(); err != nil {
+		return err
 	}
 	return m.checkOutbox()
+}
+
+// checkAnswers is Check for answers that are stored, or kept whole.
+func (m *Machine) checkAnswers() error {
+	for _, c := range []*cache{&m.cache, &m.whole, &m.media} {
+		var bytes int64
+		for el := c.recent.Front(); el != nil; el = el.Next() {
+			bytes += el.Value.(*entry).size
+		}
+		if n := c.recent.Len(); n > c.maxEntries || c.bytes > c.maxBytes || n != len(c.entries) || bytes != c.bytes {
+			return fmt.Errorf("cache: %d and %d entries of %d, %d and %d bytes of %d", n, len(c.entries), c.maxEntries, c.bytes, bytes, c.maxBytes)
+		}
+	}
+	s := &m.answers
+	parked := 0
+	for _, l := range s.loads {
+		for _, a := range l.parked {
+			if a.Req != 0 {
+				parked++
+			}
+		}
+	}
+	if parked != s.parked || len(s.known) > s.max || s.order.Len() > 2*s.max || len(s.unstored) > storeAtOnce {
+		return fmt.Errorf("answers: %d and %d requests wait for the store, %d known and %d in order of %d, %d to be stored", parked, s.parked, len(s.known), s.order.Len(), s.max, len(s.unstored))
+	}
+	return nil
+}
+
+// checkKeys is Check for the key desk and the joins.
+func (m *Machine) checkKeys() error {
+	d := &m.keys
+	wants, ahead, reqs := 0, 0, 0
+	for id, q := range d.queries {
+		wants += len(q.wants)
+		switch {
+		case q.Req != 0:
+			reqs++
+		case q.isAhead():
+			ahead += len(q.wants)
+		}
+		if q.id != id || !q.loading && len(q.open) == 0 || !q.loading && q.timer == nil {
+			return fmt.Errorf("key query %d: loading %t, waits for %d fetches, timer set: %t", id, q.loading, len(q.open), q.timer != nil)
+		}
+		for f := range q.open {
+			if f.call == nil && d.fetches[f.fetchKey] == nil {
+				return fmt.Errorf("key query %d waits for %s, which nobody fetches", id, f.server)
+			}
+		}
+	}
+	if wants != d.wants || ahead != d.ahead || reqs != len(d.byReq) || wants > m.cfg.Keys.MaxWants && wants > d.maxWants {
+		return fmt.Errorf("keys: %d and %d wants, %d and %d of them ahead, %d and %d queries of requests", wants, d.wants, ahead, d.ahead, reqs, len(d.byReq))
+	}
+	open := 0
+	for _, w := range m.joins.rooms {
+		if w.Phase < JoinSyncing {
+			open++
+		}
+		if w.timer == nil {
+			return fmt.Errorf("the join of %s waits for nothing", w.Room)
+		}
+	}
+	if open != m.joins.open || len(m.joins.recent) > maxJoins || m.joins.ahead.Len() > maxAhead {
+		return fmt.Errorf("joins: %d and %d open, %d remembered, %d servers to connect to", open, m.joins.open, len(m.joins.recent), m.joins.ahead.Len())
+	}
+	return nil
 }
 
 // checkOutbox is Check for the outbox.

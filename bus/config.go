@@ -21,15 +21,17 @@ type Config struct {
 	Failing sched.Slots
 
 	// HostConcurrency is how many attempts at one host may run at a time. A
-	// join may use all of them, keys, events and devices one less, lookups two
-	// less, state and backfill three less, but each at least one. Synapse
+	// join may use all of them, events, devices and lookups one less, presence two
+	// less, state and backfill three less, but each at least one. Requests for
+	// keys do not count, see Keys.Parallel. Synapse
 	// works on 3 requests of one origin at a time and queues 50 more
 	// (rc_federation in synapse/config/ratelimiting.py).
 	HostConcurrency int32
 	// HostRate is how many attempts at one host may start in a second, with
-	// HostBurst at once. Joins and events do not wait for it, but count.
-	// Synapse delays an origin that sends more than 10 in a second
-	// (rc_federation), transactions aside.
+	// HostBurst at once. Joins and events do not wait for it, but count;
+	// transactions and keys do not. Together they are what a Synapse takes of one
+	// origin without delay: 10 in any second (rc_federation). A host that answers
+	// 429 gets less.
 	HostRate  float64
 	HostBurst int32
 
@@ -37,32 +39,71 @@ type Config struct {
 	// running; the front accepts no more than that.
 	MaxRequests int32
 	// MaxHosts is how many destinations are remembered. It must be above
-	// MaxRequests plus Workers, so that there is always one that may be
+	// MaxRequests plus three times Workers (of queues, of servers that are asked
+	// for their keys, and what runs), so that there is always one that may be
 	// forgotten.
 	MaxHosts int32
 
-	// CacheEntries and CacheBytes bound the answers that are kept for equal
-	// requests to come. 0 keeps none.
-	CacheEntries int32
+	// CacheBytes bounds the answers that are held in memory for equal requests to
+	// come, KnownAnswers those that are stored for that, at 64 bytes of memory
+	// each. 0 keeps none.
 	CacheBytes   sched.Bytes
+	KnownAnswers int32
+	// ProfileFresh is how long a profile answers further requests, ProfileStale
+	// how long after that if its server does not answer.
+	ProfileFresh, ProfileStale time.Duration
 
+	// KeepFor and KeepBytes bound the whole answers to joins and for resyncs that
+	// are kept in files, MediaFor and MediaBytes media. 0 keeps none.
+	KeepFor    time.Duration
+	KeepBytes  sched.Bytes
+	MediaFor   time.Duration
+	MediaBytes sched.Bytes
+
+	// Preflight is how many servers of a joined room are connected to in a second
+	// before anything is sent to them. 0 is none.
+	Preflight float64
+
+	Keys   KeysConfig
 	Outbox OutboxConfig
 }
 
 // Default returns the limits that suit a board with four small cores.
 func Default() Config {
 	return Config{
-		Workers:         112,
-		Unknown:         80,
+		Workers:         100,
+		Unknown:         72,
 		Failing:         16,
 		HostConcurrency: 4,
-		HostRate:        10,
-		HostBurst:       10,
+		HostRate:        7,
+		HostBurst:       3,
 		MaxRequests:     4200,
 		MaxHosts:        5600,
-		CacheEntries:    2000,
-		CacheBytes:      sched.MiB,
+		CacheBytes:      256 * sched.KiB,
+		KnownAnswers:    10000,
+		ProfileFresh:    5 * time.Minute,
+		ProfileStale:    24 * time.Hour,
+		KeepFor:         time.Hour,
+		KeepBytes:       512 * sched.MiB,
+		MediaFor:        24 * time.Hour,
+		Preflight:       10,
+		Keys:            KeysConfig{Batch: 50, Parallel: 10, Wait: 5 * time.Second, MaxWants: 10000},
 	}
+}
+
+// KeysConfig bounds how server keys are fetched.
+type KeysConfig struct {
+	// OwnName is the server name under which the bus itself is a notary, "" if it
+	// is none.
+	OwnName matrix.ServerName
+	// Batch is how many servers a notary is asked for at a time, Parallel how many
+	// requests to one host for keys run at a time.
+	Batch, Parallel int32
+	// Wait is how long one request for keys may hold up those who wait for it.
+	Wait time.Duration
+	// MaxWants bounds the keys that are asked for in all. Beyond it a query is
+	// carried through as it is.
+	MaxWants int
 }
 
 // Validate reports the first limit that makes no sense or contradicts another.
@@ -82,14 +123,16 @@ func (c Config) Validate() error {
 		return fmt.Errorf("host_burst is %d, at least 1 is needed", c.HostBurst)
 	case c.MaxRequests < 1:
 		return fmt.Errorf("max_requests is %d, at least 1 is needed", c.MaxRequests)
-	case int64(c.MaxHosts) <= int64(c.MaxRequests)+int64(c.Workers):
-		return fmt.Errorf("max_hosts is %d, it must be above the sum of connections (%d) and workers (%d)", c.MaxHosts, c.MaxRequests, c.Workers)
-	case c.CacheEntries < 0 || c.CacheBytes < 0:
-		return fmt.Errorf("the cache's limits are %d entries and %d bytes, neither may be negative", c.CacheEntries, c.CacheBytes)
+	case c.CacheBytes < 0 || c.KnownAnswers < 0 || c.KeepBytes < 0 || c.MediaBytes < 0:
+		return fmt.Errorf("the caches have %d bytes in memory, %d answers on disk, %d and %d bytes in files: none may be negative", c.CacheBytes, c.KnownAnswers, c.KeepBytes, c.MediaBytes)
+	case c.ProfileFresh < 0 || c.ProfileStale < 0 || c.KeepFor < 0 || c.MediaFor < 0 || c.Preflight < 0:
+		return fmt.Errorf("profiles are kept for %s and %s, whole answers for %s, media for %s, and %v servers are connected to in advance: none may be negative", c.ProfileFresh, c.ProfileStale, c.KeepFor, c.MediaFor, c.Preflight)
+	case c.Keys.Batch < 1 || c.Keys.Parallel < 1 || c.Keys.Wait <= 0 || c.Keys.MaxWants < 1:
+		return fmt.Errorf("keys are fetched %d at a time by %d requests, within %s, %d in all: each must be above 0", c.Keys.Batch, c.Keys.Parallel, c.Keys.Wait, c.Keys.MaxWants)
+	case int64(c.MaxHosts) <= int64(c.MaxRequests)+3*int64(c.Workers)+aheadAtOnce:
+		return fmt.Errorf("max_hosts is %d, it must be above the sum of connections (%d), three times the workers (%d) and %d", c.MaxHosts, c.MaxRequests, c.Workers, aheadAtOnce)
 	case c.Outbox.MaxQueues == 0:
 		return nil
-	case int64(c.MaxHosts) <= int64(c.MaxRequests)+2*int64(c.Workers):
-		return fmt.Errorf("max_hosts is %d, it must be above the sum of connections (%d) and twice the workers (%d)", c.MaxHosts, c.MaxRequests, c.Workers)
 	}
 	return c.Outbox.Validate()
 }
@@ -109,7 +152,7 @@ var classes = [matrix.NumClasses + 1]struct {
 	matrix.ClassEvent:    {weight: 16, share: 900, spare: 1},
 	matrix.ClassKey:      {weight: 16, share: 900, spare: 1},
 	matrix.ClassDevice:   {weight: 8, share: 900, spare: 1},
-	matrix.ClassLookup:   {weight: 4, share: 750, spare: 2},
+	matrix.ClassLookup:   {weight: 4, share: 750, spare: 1},
 	matrix.ClassPresence: {weight: 2, share: 500, spare: 2},
 	matrix.ClassState:    {weight: 1, share: 330, spare: 3},
 }
@@ -137,6 +180,20 @@ const (
 	// probeAgain is how long after the last attempt a request of class join
 	// may try a host that is backing off: a person is waiting for it.
 	probeAgain = 30 * time.Second
+
+	// knownDead is after how many failures in a row a host is not tried for a join
+	// but every probeDead.
+	knownDead = 3
+	probeDead = 5 * time.Minute
+
+	// hangingFor is how long requests leave a host alone of which an attempt heard
+	// nothing.
+	hangingFor = 2 * time.Minute
+
+	// slowest is the least rate to which 429s bring a host, in attempts a second,
+	// and faster by how much each answer raises it again.
+	slowest = 0.5
+	faster  = 1.02
 
 	// patience is how long an attempt at an unknown host may take to connect
 	// while others wait for its worker. A host that needs longer is tried

@@ -57,8 +57,12 @@ func (h *host) head(class matrix.Class) *call {
 	}
 }
 
-// last is head from the other end.
+// last is head from the other end. A host that limits our rate has its calls in
+// their order: what holds them up is itself and not the flood.
 func (h *host) last(class matrix.Class) *call {
+	if h.slowed {
+		return h.head(class)
+	}
 	for {
 		c, ok := h.queue[class].PeekBack()
 		if !ok || c.phase == phaseWaiting {
@@ -135,12 +139,17 @@ func (m *Machine) atEnd(l laneID, class matrix.Class, newest bool) *call {
 
 // room reports whether a class may take one more of limit workers, given how
 // many each class holds: it and each better class, with all that is below
-// them, must keep to their shares, so that the rest stays free.
-func room(class matrix.Class, running *[matrix.NumClasses + 1]sched.Slots, limit sched.Slots) bool {
+// them, must keep to their shares, so that the rest stays free. While a room is
+// joined the shares of what nobody waits for are smaller.
+func room(class matrix.Class, running *[matrix.NumClasses + 1]sched.Slots, limit sched.Slots, joining bool) bool {
 	var held sched.Slots
 	for d := matrix.Class(matrix.NumClasses); d >= 1; d-- {
 		held += running[d]
-		if d <= class && held >= max(1, sched.Slots(int64(limit)*classes[d].share/1000)) {
+		share := classes[d].share
+		if joining && d >= matrix.ClassLookup {
+			share /= stepBack
+		}
+		if d <= class && held >= max(1, sched.Slots(int64(limit)*share/1000)) {
 			return false
 		}
 	}
@@ -149,11 +158,12 @@ func room(class matrix.Class, running *[matrix.NumClasses + 1]sched.Slots, limit
 
 // candidate returns the next call of a class for which a worker is free.
 func (m *Machine) candidate(class matrix.Class) *call {
-	if m.workers.Free() == 0 || !room(class, &m.running, m.workers.Limit) {
+	joining := m.joins.open > 0
+	if m.workers.Free() == 0 || !room(class, &m.running, m.workers.Limit, joining) {
 		return nil
 	}
 	for l := range numLanes {
-		if ln := &m.lanes[l]; ln.slots.Free() > 0 && room(class, &ln.running, ln.slots.Limit) {
+		if ln := &m.lanes[l]; ln.slots.Free() > 0 && room(class, &ln.running, ln.slots.Limit, joining) {
 			if c := m.peek(l, class); c != nil {
 				return c
 			}
@@ -174,7 +184,7 @@ func (m *Machine) contended(l laneID) bool {
 
 // dispatch starts calls while workers are free and calls may run.
 func (m *Machine) dispatch() {
-	for m.workers.Free() > 0 {
+	for m.workers.Free() > 0 && !m.drained {
 		var next [matrix.NumClasses + 1]*call
 		var wanting uint32
 		for class := matrix.Class(1); class <= matrix.NumClasses; class++ {
@@ -205,7 +215,10 @@ func (m *Machine) begin(c *call) {
 	c.lane = h.lane(m.now)
 	calls, hosts := h.queue[c.class].Pop, m.lanes[c.lane].ready[c.class].Pop
 	if c.newest {
-		calls, hosts = h.queue[c.class].PopBack, m.lanes[c.lane].ready[c.class].PopBack
+		hosts = m.lanes[c.lane].ready[c.class].PopBack
+		if !h.slowed {
+			calls = h.queue[c.class].PopBack
+		}
 	}
 	if got, _ := calls(); got != c {
 		panic(fmt.Sprintf("bus: the call to start at %s is not at the end of its queue", h.Name))
@@ -218,7 +231,9 @@ func (m *Machine) begin(c *call) {
 	hosts()
 	h.listed[c.class] = numLanes
 
-	h.limiter.ReserveN(m.now.Std(), 1) // joins and events may leave the others in debt
+	if c.queue == nil && c.class != matrix.ClassKey && !c.ahead { // a remote does not count these
+		h.limiter.ReserveN(m.now.Std(), 1) // joins and events may leave the others in debt
+	}
 	h.inUse++
 	h.running[c.class]++
 	m.hold(c)
@@ -246,12 +261,21 @@ func (m *Machine) start(c *call) {
 		m.startDelivery(c)
 		return
 	}
-	if len(c.waiters) == 0 {
+	switch {
+	case c.desk != nil && c.wanted():
+		m.sendKeys(c)
+	case c.desk != nil:
+		m.unstart(c)
+		m.keysOver(c, "")
+	case c.ahead && (m.draining || c.host.reachable):
+		m.unstart(c)
+		m.aheadOver(c)
+	case len(c.waiters) == 0 && !c.ahead:
 		m.unstart(c)
 		m.end(c)
-		return
+	default:
+		m.transmit(c)
 	}
-	m.transmit(c)
 }
 
 // transmit sends the call's request or transaction.
@@ -262,12 +286,22 @@ func (m *Machine) transmit(c *call) {
 	c.phase = phaseRunning
 	c.started, c.asked = m.now, m.now
 	c.connected = h.reachable
+	c.held, c.fallback, c.total, c.size = false, false, 0, 0
 	if c.lane == laneUnknown {
 		c.timer = m.timers.Set(m.now.Add(patience), timer{call: c})
 	}
 	m.ops[c.op] = c
 	m.stats.Attempts++
-	m.emit(Send{Op: c.op, Req: c.leader, Batch: c.batch, Dest: h.Name, Class: c.class})
+	m.joinSent(c)
+	s := Send{Op: c.op, Req: c.leader, Dest: h.Name, Class: c.class, Batch: c.batch, Ahead: c.ahead}
+	switch {
+	case c.desk == nil:
+	case c.desk.name == "":
+		s.Origin = true
+	default:
+		s.Notary = c.wants
+	}
+	m.emit(s)
 }
 
 // unstart gives back what begin took for a call that is not sent.

@@ -17,7 +17,10 @@
 //     transaction until Unpack. Exactly one Free comes for each Arrived and each
 //     Offered, one Discard for each Send, one Unpack for each Packed that has a
 //     transaction.
-//  5. Each Accept, Pack, Settle, Compact and Expire is answered by exactly one
+//  5. Each Load is answered by exactly one Loaded; what it brings is held as an
+//     attempt's answer, until Discard. Each LoadKeys is answered by exactly one
+//     KeysLoaded.
+//  6. Each Accept, Pack, Settle, Compact and Expire is answered by exactly one
 //     Accepted, Packed, Settled or Trimmed, in the order in which they took effect
 //     on disk, and that in the order of the effects.
 //
@@ -41,7 +44,8 @@
 //
 // Machine.Check recounts them, bus/sim asserts them after each step:
 //
-//   - every request is answered once, before its caller's time-out, or gone;
+//   - every request is answered once, or gone; before its caller's time-out, unless
+//     a Load for it takes that long;
 //   - no more attempts than workers, nor than a host's own limits;
 //   - no attempt at a failing host before its time;
 //   - what must not be sent twice never reaches a remote twice;
@@ -51,11 +55,53 @@
 //
 // # Limits
 //
-// Config bounds requests, hosts, workers and the cache. A list of ready hosts
-// holds at most twice as many entries as there are hosts, a queue of calls at
-// most twice the live ones and sixteen. There are as many queues as destinations
+// Config bounds requests, hosts, workers, keys that are wanted and what is kept. A
+// list of ready hosts holds at most twice as many entries as there are hosts, a
+// queue of calls at most twice the live ones and sixteen. There are as many queues as destinations
 // with something pending, which the store bounds; those that have a call are
 // bounded so that lookups always find a place for their host.
+//
+// # Answers kept
+//
+// The small ones that were used lately are held in memory. Those of durable
+// endpoints are stored, some at a time, and of all that are stored the times are
+// known, so that one is only loaded if it can be used: as a fresh answer, or as an
+// old one where the host fails. Whole answers to joins and media stay in the
+// spool's files. All three drop what is oldest or was not used for longest.
+//
+//   - an answer is used only for a request with its key, or for one that asks for a
+//     field of it;
+//   - an old one only where the remote would not answer.
+//
+// # The key desk
+//
+// A query for server keys is looked up in the store; what is missing is fetched,
+// each server once, in batches from its notary, or from the servers themselves
+// where the bus is the notary; when nothing of it is under way any more it is
+// answered from the store. So a key is in an answer only if the shell has checked
+// and stored it. A fetch holds up a query for Config.Keys.Wait at most and goes on
+// for the next who asks.
+//
+//   - one fetch at a time for a server by one way;
+//   - a query is answered before its caller's time-out, with what there is.
+//
+// # Held answers
+//
+// A caller gives the whole body of an answer to a join, or of a state, some time
+// from its headers on. These are held back until the rest is sure to follow: all of
+// it is here, or its rate says so, or the caller comes for the last time. A caller
+// that cannot wait is told to come again. The call goes on meanwhile (RunOn), the
+// next equal request joins it, and the answer stays for one that comes later still.
+//
+//   - nobody gets a half answer to a join, but at the last try.
+//
+// # Joins
+//
+// A make_join opens its room's window. While one is asking or sending, the shares
+// of classes 5 to 7 are a quarter, of which each keeps one worker. When the
+// homeserver has the answer, requests for the room's state are of class 2, until
+// none has come for a minute. The servers and keys that are seen in the answer are
+// connected to and fetched ahead, at a rate and within bounds.
 //
 // # The outbox
 //

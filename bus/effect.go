@@ -1,6 +1,8 @@
 package bus
 
 import (
+	"time"
+
 	"fsbus/bus/matrix"
 	"fsbus/sched"
 )
@@ -8,15 +10,19 @@ import (
 // Effect is something that the shell must do. The set is closed.
 type Effect interface{ effect() }
 
-// Send starts an attempt: the request held under Req, or with Req 0 the
-// transaction packed under Batch, goes to Dest. It is answered by Done, after at
-// most one Connected and one Answered.
+// Send starts an attempt: the request held under Req goes to Dest, or one of the
+// four below, of which one at most is set. It is answered by Done, after at most
+// one Connected and one Answered.
 type Send struct {
 	Op    OpID
 	Req   ReqID
-	Batch BatchID
 	Dest  matrix.ServerName
 	Class matrix.Class // who goes first where attempts must wait for each other
+
+	Batch  BatchID          // the transaction packed under it
+	Notary []matrix.KeyWant // a query to the notary Dest; what is valid is stored before Done
+	Origin bool             // a query to Dest for its own keys, the same
+	Ahead  bool             // nothing: a connection is made, for later
 }
 
 // Cancel ends an attempt early. Its Done still comes.
@@ -25,9 +31,27 @@ type Cancel struct{ Op OpID }
 // Reply answers a request with what the remote answered in Op, as far as it
 // has arrived and then as it arrives. Several requests may get the same Op.
 type Reply struct {
-	Req ReqID
-	Op  OpID
+	Req   ReqID
+	Op    OpID
+	Field string // only this member of the answer, if it is a 200
+	From  Source
+	Age   time.Duration // of an answer that is not new
 }
+
+// Source says where an answer comes from.
+type Source uint8
+
+// The sources.
+const (
+	FromRemote Source = iota // asked for by this request
+	FromOther                // asked for by an equal one that came before
+	FromCache                // known, and fresh
+	FromStale                // old, but the remote does not answer
+	numSources
+)
+
+// String returns the source as the header X-Cache shows it.
+func (s Source) String() string { return [numSources]string{"MISS", "SHARED", "HIT", "STALE"}[s] }
 
 // Refuse answers a request with an error of the bus's own.
 type Refuse struct {
@@ -47,10 +71,40 @@ type Free struct{ Req ReqID }
 // keep what they need.
 type Discard struct{ Op OpID }
 
-// Commit writes the records in one transaction and is answered by Committed.
+// Commit writes the records, and the answers held under their Ops, in one
+// transaction and is answered by Committed.
 type Commit struct {
-	Batch BatchID
-	Hosts []HostRecord
+	Batch   BatchID
+	Hosts   []HostRecord
+	Answers []KeptAnswer
+}
+
+// KeptAnswer is an answer to be stored.
+type KeptAnswer struct {
+	AnswerRecord
+	Op OpID
+}
+
+// Load has the answer that is stored under Key read, to be held under Op, and is
+// answered by Loaded.
+type Load struct {
+	Op  OpID
+	Key Key
+}
+
+// LoadKeys has the store looked through for the keys that are wanted, as they
+// came through Via, and is answered by KeysLoaded.
+type LoadKeys struct {
+	Query QueryID
+	Via   matrix.ServerName
+	Wants []matrix.KeyWant
+}
+
+// ReplyKeys answers a query for keys with what the store has of them.
+type ReplyKeys struct {
+	Req   ReqID
+	Via   matrix.ServerName
+	Wants []matrix.KeyWant
 }
 
 // Accept has the store take over the transaction held under Req. It is answered
@@ -108,7 +162,11 @@ func (Refuse) effect()  {}
 func (Free) effect()    {}
 func (Discard) effect() {}
 func (Commit) effect()  {}
-func (Drained) effect() {}
+func (Load) effect()    {}
+
+func (LoadKeys) effect()  {}
+func (ReplyKeys) effect() {}
+func (Drained) effect()   {}
 
 func (Accept) effect()      {}
 func (Acknowledge) effect() {}

@@ -15,6 +15,10 @@ type ReqID uint64
 // uses it twice.
 type OpID uint64
 
+// QueryID names one look-up of server keys; the core chooses it and never uses it
+// twice.
+type QueryID uint64
+
 // BatchID names one commit; the core chooses it and never uses it twice.
 type BatchID uint64
 
@@ -34,6 +38,13 @@ type Arrived struct {
 	Class    matrix.Class // the endpoint's, or by content for transactions
 	Key      Key
 	Received sched.Time // when its head was read; the caller's time-out runs from here
+
+	// Of a query for one field of something, the key of the query for the whole,
+	// of whose answer Field is a member. "": it is not such a query.
+	Field string
+	Whole Key
+	// Room is the room that a join or a resync is about; "" if none.
+	Room string
 }
 
 // Gone: the homeserver closed the connection of a request that has not been
@@ -51,6 +62,56 @@ type Answered struct {
 	Op         OpID
 	Status     int
 	RetryAfter time.Duration // how long the remote asks to be left alone, 0 if it does not
+	Size       int64         // of the body, -1 if the remote does not say
+	Code       string        // errcode of a refusal to let join, else ""
+}
+
+// Progress: how much of an answer's body has arrived. It comes now and then for
+// answers whose endpoint has a Whole, between Answered and Done.
+type Progress struct {
+	Op   OpID
+	Size int64
+}
+
+// Loaded: an answer of an earlier time has been read from the store, and is there
+// to be used until Discard; or, with OK false, there is none. Exactly one comes
+// for each Load.
+type Loaded struct {
+	Op     OpID
+	OK     bool
+	Status int
+	Size   int64
+}
+
+// KeyQuery is an Arrived that asks a notary for server keys: the server Dest, or
+// the bus itself.
+type KeyQuery struct {
+	Arrived
+	Own   bool
+	Wants []matrix.KeyWant // by server; not changed afterwards
+}
+
+// KeysLoaded: what the store does not have of the keys of a query. Exactly one
+// comes for each LoadKeys.
+type KeysLoaded struct {
+	Query   QueryID
+	Missing []matrix.KeyWant // a part of the query's, in their order
+	// Outdated are requests for the keys of a server which has signed with a key
+	// that the known answers to them do not have.
+	Outdated []Key
+}
+
+// KeysSeen: while an answer from a room streams through, these servers' keys have
+// been seen in it, which the homeserver will ask for.
+type KeysSeen struct {
+	Room  string
+	Wants []matrix.KeyWant // by server; not changed afterwards
+}
+
+// ServersSeen: these servers are in a room that is being joined.
+type ServersSeen struct {
+	Room    string
+	Servers []matrix.ServerName
 }
 
 // Done: an attempt is over; exactly one comes for each Send.
@@ -60,6 +121,12 @@ type Done struct {
 	Detail  string         // what went wrong, for people
 	Size    int64          // body bytes received
 	Kept    bool           // the whole body is in memory, so it may be cached
+	Private bool           // it is for its caller alone, or for once
+	// What the answer itself says about its age, 0 if nothing: how long it answers
+	// any equal request, and how long after that if the server fails.
+	Fresh, Stale time.Duration
+	// Missing are the servers whose keys were asked for and not had.
+	Missing []matrix.ServerName
 
 	// Of a transaction of the outbox.
 	Sent      bool  // some of it may have reached the remote
@@ -147,8 +214,10 @@ type Committed struct {
 
 // Restored: what the store knew when the process started. It comes first, once.
 type Restored struct {
-	Hosts  []HostRecord
-	Queues []QueueRecord
+	Hosts   []HostRecord
+	Queues  []QueueRecord
+	Answers []AnswerRecord    // the newest first
+	Notary  matrix.ServerName // the one asked last, "" if none
 }
 
 // Reconfigured: new limits, already validated.
@@ -162,6 +231,12 @@ type Draining struct{ By sched.Time }
 type Tick struct{}
 
 func (Arrived) event()      {}
+func (Progress) event()     {}
+func (Loaded) event()       {}
+func (KeyQuery) event()     {}
+func (KeysLoaded) event()   {}
+func (KeysSeen) event()     {}
+func (ServersSeen) event()  {}
 func (Gone) event()         {}
 func (Connected) event()    {}
 func (Answered) event()     {}
@@ -193,4 +268,12 @@ type HostRecord struct {
 	LastTry      sched.Time
 	NextTry      sched.Time
 	LastSuccess  sched.Time
+}
+
+// AnswerRecord is what is kept of an answer over a restart, beside itself.
+type AnswerRecord struct {
+	Key    Key
+	Stored sched.Time
+	Fresh  sched.Time // until then it answers any equal request
+	Stale  sched.Time // until then it answers when the host fails
 }

@@ -32,6 +32,7 @@ type host struct {
 	soft        int32      // gateway errors and unanswered requests in a row
 	reachable   bool       // a handshake succeeded since the last failure
 	suspect     bool       // the last attempt took too long to connect
+	slowed      bool       // its rate is below the configured one, since it was too fast
 	former      *queue     // of the outbox: nothing is pending, but it has failed
 
 	took time.Duration // to answer the last transaction of the outbox
@@ -67,6 +68,29 @@ func (m *Machine) newHost(name matrix.ServerName) *host {
 func (h *host) limit(cfg Config, now sched.Time) {
 	h.limiter.SetLimitAt(now.Std(), rate.Limit(cfg.HostRate))
 	h.limiter.SetBurstAt(now.Std(), int(cfg.HostBurst))
+	h.slowed = false
+}
+
+// slower lowers the rate at which a host is asked, as it has said that it was too
+// fast: to one in the pause that it wants, or if that is no less, by a fifth.
+func (m *Machine) slower(h *host, wait time.Duration) {
+	h.slowed = true
+	limit := min(h.limiter.Limit()*4/5, rate.Every(wait))
+	h.limiter.SetLimitAt(m.now.Std(), max(limit, min(slowest, rate.Limit(m.cfg.HostRate))))
+	h.limiter.SetBurstAt(m.now.Std(), 1)
+}
+
+// faster raises it again, as it has answered.
+func (m *Machine) faster(h *host) {
+	if !h.slowed {
+		return
+	}
+	limit := h.limiter.Limit() * faster
+	if limit >= rate.Limit(m.cfg.HostRate) {
+		h.limit(m.cfg, m.now)
+		return
+	}
+	h.limiter.SetLimitAt(m.now.Std(), limit)
 }
 
 // forgetHost makes room by dropping a host that has long been idle, rather one
@@ -136,18 +160,31 @@ func (h *host) backingOff(now sched.Time) bool {
 	return h.Failures > 0 && h.inUse == 0 && h.NextTry > now
 }
 
+// hanging reports whether the host is to be left alone by requests, whatever its
+// back-off says: an attempt has lately got no answer at all, another may take just
+// as long, and its caller knows other ways or can do without. Deliveries, which
+// nobody waits for, find out when it is back.
+func (h *host) hanging(now sched.Time) bool {
+	silent := h.LastFailure == matrix.FailTimeout || h.LastFailure == matrix.FailUnreachable
+	return h.Failures > 0 && !h.reachable && h.inUse == 0 && silent && now.Sub(h.LastTry) < hangingFor
+}
+
 // mayRun reports whether an attempt of class c may start now. When only time
 // is in the way, it returns the moment at which to ask again.
 func (h *host) mayRun(c matrix.Class, cfg Config, now sched.Time) (ok bool, again sched.Time) {
-	if h.inUse >= cfg.HostConcurrency {
-		return false, 0
-	}
 	if l := h.lane(now); h.inUse > 0 && l != laneProven && l != laneSlow {
 		return false, 0 // the first one is the pre-flight of the others
 	}
-	// Each class, with all below it, leaves some of the host's places free.
+	if c == matrix.ClassKey && h.running[c] >= cfg.Keys.Parallel {
+		return false, 0
+	}
+	// Each class, with all below it, leaves some of the host's places free. A
+	// remote does not count requests for keys, which nobody has signed.
 	var held int32
-	for d := matrix.Class(matrix.NumClasses); d >= 1; d-- {
+	for d := matrix.Class(matrix.NumClasses); d >= 1 && c != matrix.ClassKey; d-- {
+		if d == matrix.ClassKey {
+			continue
+		}
 		held += h.running[d]
 		if d <= c && held >= max(1, cfg.HostConcurrency-classes[d].spare) {
 			return false, 0
@@ -159,7 +196,7 @@ func (h *host) mayRun(c matrix.Class, cfg Config, now sched.Time) (ok bool, agai
 	if h.pausedUntil > now {
 		return false, h.pausedUntil
 	}
-	if tokens := h.limiter.TokensAt(now.Std()); tokens < 1 && c > matrix.ClassEvent {
+	if tokens := h.limiter.TokensAt(now.Std()); tokens < 1 && c > matrix.ClassEvent && c != matrix.ClassKey {
 		wait := time.Duration((1 - tokens) / float64(h.limiter.Limit()) * float64(time.Second))
 		return false, now.Add(max(wait, time.Millisecond))
 	}

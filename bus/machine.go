@@ -22,7 +22,12 @@ type Machine struct {
 	calls   map[Key]*call // those that equal requests may join
 	ops     map[OpID]*call
 	commits map[BatchID]commit
-	cache   cache
+	cache   cache // of small answers
+	whole   cache // of whole answers to joins and for resyncs, in files
+	media   cache // of media, in files
+	answers answers
+	keys    keyDesk
+	joins   joins
 	timers  sched.Timers[timer]
 	lanes   [numLanes]lane
 	turns   *sched.Stride
@@ -48,17 +53,26 @@ type Machine struct {
 
 // timer is what a moment is awaited for: one of these.
 type timer struct {
-	req    *request // its caller is about to give up
-	host   *host    // it may be sent to
-	call   *call    // it should have connected by now, or
-	expire bool     // ended
-	queue  *queue   // it may be sent
-	sweep  bool     // what has expired is looked for
+	req     *request // its caller is about to give up
+	host    *host    // it may be sent to
+	call    *call    // it should have connected by now, or
+	expire  bool     // ended
+	queue   *queue   // it may be sent
+	late    bool     // or its waiters have waited for long enough
+	query   *keyQuery
+	notary  *notary     // it may be asked
+	join    *joinWindow // its phase is over
+	ahead   bool        // the next server may be connected to
+	answers bool        // those that are to be stored are
+	sweep   bool        // what has expired is looked for
 }
 
 // commit is a batch that is being written: for an attempt that may start once
-// its intent is on disk, or (call nil) for the dirty records.
-type commit struct{ call *call }
+// its intent is on disk, for answers, or else for the dirty records.
+type commit struct {
+	call    *call
+	answers []KeptAnswer
+}
 
 // New returns a core with the given limits, which must be valid. All its
 // randomness comes from rng.
@@ -72,6 +86,11 @@ func New(cfg Config, rng *rand.Rand) *Machine {
 		commits: make(map[BatchID]commit),
 	}
 	m.cache.init()
+	m.whole.init()
+	m.media.init()
+	m.answers.init()
+	m.keys.init()
+	m.joins.init()
 	var weights []int32
 	for _, c := range classes {
 		weights = append(weights, c.weight)
@@ -92,7 +111,15 @@ func (m *Machine) configure(cfg Config) {
 	m.lanes[laneSlow].slots.Limit = cfg.Workers * 5 / 8
 	m.lanes[laneUnknown].slots.Limit = cfg.Unknown
 	m.lanes[laneFailing].slots.Limit = cfg.Failing
-	m.cache.maxEntries, m.cache.maxBytes = int(cfg.CacheEntries), int64(cfg.CacheBytes)
+	m.cache.maxEntries, m.cache.maxBytes = int(cfg.CacheBytes/entryCost), int64(cfg.CacheBytes)
+	m.whole.maxEntries, m.whole.maxBytes = shelfFiles, int64(cfg.KeepBytes)
+	m.media.maxEntries, m.media.maxBytes = shelfFiles, int64(cfg.MediaBytes)
+	for _, c := range []*cache{&m.cache, &m.whole, &m.media} {
+		c.shrink(m)
+	}
+	m.answers.max = int(cfg.KnownAnswers)
+	m.answers.trim()
+	m.keys.ownName = cfg.Keys.OwnName
 	m.configureOutbox()
 }
 
@@ -116,6 +143,8 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 	case Restored:
 		m.restored(ev.Hosts)
 		m.restoreQueues(ev.Queues)
+		m.restoreAnswers(ev.Answers)
+		m.keys.latest = ev.Notary
 	case Reconfigured:
 		m.configure(ev.Config)
 		for _, h := range m.hosts { // order does not matter: each is set to the same limits
@@ -123,9 +152,22 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 		}
 	case Draining:
 		m.draining = true
+		m.dropUnwanted()
 		if m.outbox.pacer != nil {
 			m.outbox.pacer.Drain(ev.By)
 		}
+	case Progress:
+		m.progress(m.op(ev.Op, "Progress"), ev)
+	case Loaded:
+		m.loaded(ev)
+	case KeyQuery:
+		m.keyQuery(ev)
+	case KeysLoaded:
+		m.keysLoaded(ev)
+	case KeysSeen:
+		m.keysSeen(ev)
+	case ServersSeen:
+		m.serversSeen(ev)
 	case Offered:
 		m.offered(ev)
 	case Accepted:
@@ -150,12 +192,16 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 	default:
 		panic(fmt.Sprintf("bus: unknown event %T", ev))
 	}
+	m.maxRequests = max(m.maxRequests, sched.Slots(m.waiting()))
 	m.due()
 	m.dispatch()
 	m.release()
 	m.sweepSoon()
 	m.persist()
-	if m.draining && !m.drained && m.waiting()+len(m.ops)+len(m.commits)+m.outbox.underWay() == 0 {
+	if m.draining {
+		m.storeAnswers()
+	}
+	if m.draining && !m.drained && m.waiting()+len(m.ops)+len(m.commits)+len(m.answers.loads)+m.outbox.underWay() == 0 {
 		m.drained = true
 		m.emit(Drained{})
 	}
@@ -202,6 +248,22 @@ func (m *Machine) due() {
 			t.call.expire = nil
 			t.call.overdue = true
 			m.cancel(t.call)
+		case t.call != nil && t.late:
+			t.call.late = nil
+			m.keysLate(t.call)
+		case t.query != nil:
+			m.keysDue(t.query)
+		case t.notary != nil:
+			t.notary.timer = nil
+			m.pump(t.notary)
+		case t.join != nil:
+			m.closeJoin(t.join)
+		case t.ahead:
+			m.joins.timer = nil
+			m.goAhead()
+		case t.answers:
+			m.answers.timer = nil
+			m.storeAnswers()
 		case t.call != nil:
 			t.call.timer = nil
 			m.suspect(t.call)
@@ -238,7 +300,7 @@ func (m *Machine) persist() {
 func (m *Machine) commit(hosts []HostRecord, c commit) {
 	m.nextBatch++
 	m.commits[m.nextBatch] = c
-	m.emit(Commit{Batch: m.nextBatch, Hosts: hosts})
+	m.emit(Commit{Batch: m.nextBatch, Hosts: hosts, Answers: c.answers})
 }
 
 func (m *Machine) committed(ev Committed) {
@@ -250,6 +312,10 @@ func (m *Machine) committed(ev Committed) {
 	if !ev.OK {
 		// Back-off is a courtesy, not a promise: go on without.
 		m.stats.CommitsFailed++
+	}
+	if c.answers != nil {
+		m.stored(c.answers, ev.OK)
+		return
 	}
 	if c.call == nil {
 		m.writing = false

@@ -105,7 +105,9 @@ func (m *Machine) configureOutbox() {
 	if m.cfg.Outbox.MaxQueues == 0 {
 		return
 	}
-	o.active.Limit = sched.Slots(m.cfg.MaxHosts-m.cfg.MaxRequests) - m.cfg.Workers - 1
+	// What is left beside requests, attempts, servers asked for their own keys, and
+	// those connected to ahead.
+	o.active.Limit = sched.Slots(m.cfg.MaxHosts-m.cfg.MaxRequests) - 2*m.cfg.Workers - aheadAtOnce - 1
 	o.probes.Limit = min(probesEach*m.cfg.Failing, max(1, o.active.Limit/2))
 	if o.pacer == nil {
 		o.pacer = NewPacer(m.cfg.Outbox.Pace)
@@ -116,7 +118,9 @@ func (m *Machine) configureOutbox() {
 }
 
 // waiting is how many requests of the homeserver have not been answered.
-func (m *Machine) waiting() int { return len(m.reqs) + len(m.outbox.offers) }
+func (m *Machine) waiting() int {
+	return len(m.reqs) + len(m.outbox.offers) + len(m.keys.byReq) + m.answers.parked
+}
 
 func (m *Machine) offered(ev Offered) {
 	o := &m.outbox
@@ -133,7 +137,6 @@ func (m *Machine) offered(ev Offered) {
 		return
 	}
 	o.offers[ev.Req] = &offer{dest: ev.Dest, txn: ev.Pace}
-	m.maxRequests = max(m.maxRequests, sched.Slots(m.waiting()))
 	m.emit(Accept{Req: ev.Req})
 }
 

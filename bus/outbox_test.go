@@ -253,7 +253,7 @@ func TestNothingIsSweptAfterTheDrain(t *testing.T) {
 func crowded(c *Config) {
 	c.Workers, c.Unknown, c.Failing = 8, 8, 1
 	c.MaxRequests = 20
-	c.MaxHosts = 20 + 2*8 + 1
+	c.MaxHosts = 20 + 3*8 + aheadAtOnce + 1
 }
 
 // fillPlaces has as many destinations want a place as there are, and returns how
@@ -893,7 +893,7 @@ func TestDeadDestinationsLeavePlacesToOthers(t *testing.T) {
 	const dead, places = 100, 60
 	r := newOutboxRig(t, func(c *Config) {
 		c.Workers, c.Unknown, c.Failing = 16, 16, 2
-		c.MaxRequests, c.MaxHosts = 100, 100+16+1+places
+		c.MaxRequests, c.MaxHosts = 100, 100+2*16+aheadAtOnce+1+places
 	})
 	var ev Restored
 	for i := range dead {

@@ -14,8 +14,21 @@ type Stats struct {
 	Requests       [matrix.NumClasses + 1]int64 // that arrived, by class
 	Answered       int64                        // with what a remote answered
 	Shared         int64                        // joined a call that was under way
-	CacheHits      int64                        // answered from the cache
+	CacheHits      int64                        // answered with what was known, and fresh
 	CacheStale     int64                        // answered with an old answer, since the host failed
+	Loads          int64                        // answers read from the store
+	RefusedBefore  int64                        // refused as the server did a moment ago
+	Held           int64                        // answers that were held back until all was sure to come
+	Aheads         int64                        // servers connected to in advance
+	KeyQueries     int64                        // of the homeserver
+	KeysKnown      int64                        // keys that the store had
+	KeysShared     int64                        // keys that were being fetched already
+	KeysMissing    int64                        // keys not asked for, as they could not be had a moment ago
+	KeysSkipped    int64                        // keys not fetched ahead, since too many are asked for
+	KeyBatches     int64                        // requests for keys that were sent
+	KeysAsked      int64                        // servers whose keys they asked for
+	KeysHad        int64                        // servers whose keys came
+	KeysLate       int64                        // requests for keys that their queries did not wait for
 	FailedFast     int64                        // refused at once because the host is backing off
 	Expired        int64                        // refused because the caller's time-out was near
 	Gone           int64                        // given up by the caller
@@ -60,11 +73,26 @@ type Snapshot struct {
 	Hosts        int
 	HostsLimit   int
 	BackingOff   int
-	CacheEntries int
-	CacheBytes   int64
-	CacheLimit   int64
+	Cache        CacheStatus // of small answers, in memory
+	Whole        CacheStatus // of whole answers, in files
+	Media        CacheStatus // of media, in files
+	Known        int         // answers that are stored
+	KnownLimit   int
+	KeysWanted   sched.Gauge // keys that are asked for
+	Notary       matrix.ServerName
+	Joins        []JoinStatus // the latest first
+	AheadWaiting int          // servers to be connected to in advance
 	Worst        []HostStatus
 }
+
+// CacheStatus is how full a cache is.
+type CacheStatus struct {
+	Entries int
+	Bytes   int64
+	Limit   int64
+}
+
+func (c *cache) status() CacheStatus { return CacheStatus{c.recent.Len(), c.bytes, c.maxBytes} }
 
 // LaneStatus is one rank of hosts.
 type LaneStatus struct {
@@ -93,9 +121,15 @@ func (m *Machine) Snapshot(now sched.Time, worst int) Snapshot {
 		Workers:      m.workers,
 		Hosts:        len(m.hosts),
 		HostsLimit:   int(m.cfg.MaxHosts),
-		CacheEntries: m.cache.recent.Len(),
-		CacheBytes:   m.cache.bytes,
-		CacheLimit:   m.cache.maxBytes,
+		Cache:        m.cache.status(),
+		Whole:        m.whole.status(),
+		Media:        m.media.status(),
+		Known:        len(m.answers.known),
+		KnownLimit:   m.answers.max,
+		KeysWanted:   sched.Gauge{Used: sched.Slots(m.keys.wants), Limit: sched.Slots(m.cfg.Keys.MaxWants), Max: sched.Slots(m.keys.maxWants)},
+		Notary:       m.keys.latest,
+		Joins:        m.joinStatus(),
+		AheadWaiting: m.joins.ahead.Len(),
 	}
 	for l := range m.lanes {
 		s.Lanes[l] = LaneStatus{Name: laneID(l).String(), Slots: m.lanes[l].slots}

@@ -18,11 +18,38 @@ const (
 	ShareSame
 )
 
+// JoinStep is a request's part in joining a room. The zero value is none.
+type JoinStep uint8
+
+// The steps, in the order in which they come.
+const (
+	JoinMake   JoinStep = 1 + iota // asks for the template of the join event
+	JoinSend                       // sends the event, and gets the state
+	JoinResync                     // fetches what the answer to that left out
+)
+
+// AnswerKind is what an answer is, to the bus. The zero value is nothing special.
+type AnswerKind uint8
+
+// The kinds.
+const (
+	AnswerProfile    AnswerKind = 1 + iota // its age is configured; one field of it may be asked for
+	AnswerServerKeys                       // says itself how long it is good for
+	AnswerKeyQuery                         // is put together from what different queries brought
+	AnswerMedia                            // may be kept on disk, if that is configured
+)
+
 // Limits that most endpoints have in common.
 const (
 	// DefaultTimeout is how long Synapse waits for an answer's headers unless a
 	// call says otherwise (config/federation.py).
 	DefaultTimeout = 60 * time.Second
+	// bodyTimeout is how long Synapse waits for an answer's body once it has the
+	// headers (http/matrixfederationclient.py).
+	bodyTimeout = 60 * time.Second
+	// tries is how often Synapse sends a request that is not answered in time,
+	// if the call has no time-out of its own (config/federation.py).
+	tries = 4
 	// MaxRequestBody is the largest body in bytes that a Synapse takes in: 200
 	// events of the largest size (app/_base.py, max_request_body_size).
 	MaxRequestBody = 200 * 65536
@@ -53,12 +80,32 @@ type Endpoint struct {
 	Timeout time.Duration
 	// Share says whether equal requests may share one running upstream call.
 	Share Sharing
-	// CacheFor is how long a 200 may answer further equal requests; 0 is not at
-	// all. Other answers are never kept.
-	CacheFor time.Duration
+	// CacheFor is how long a 200 may answer further equal requests, MissingFor a
+	// 404; 0 is not at all. Other answers are never kept.
+	CacheFor, MissingFor time.Duration
 	// StaleFor is how long past CacheFor an old 200 may still be used when the
-	// server cannot be reached.
+	// server cannot be reached, or wants to be left alone.
 	StaleFor time.Duration
+	// Durable: what may be used again is kept over a restart.
+	Durable bool
+	// Keep: a 200 of any size stays at hand for a while, for a caller that gave up,
+	// or has lost it, and asks once more.
+	Keep bool
+	// Whole is how long the caller gives the whole body once it has the answer's
+	// headers. The headers of a large one are held back until the rest is sure to
+	// follow in time. 0: they are passed on at once.
+	Whole time.Duration
+	// Tries is how often the caller comes with the same request when it is not
+	// answered in time; 0 is once.
+	Tries int32
+	// RunOn is how long the upstream call goes on, from its start, when nobody
+	// waits for it any more, as a caller that comes again may still want it.
+	RunOn time.Duration
+	// Join is the part that the request plays in joining a room. RoomID finds the
+	// room.
+	Join JoinStep
+	// Kind tells apart what the bus has to look into.
+	Kind AnswerKind
 	// MaxRequest and MaxResponse bound the bodies, in bytes.
 	MaxRequest, MaxResponse int64
 	// Once: a second copy of the request does harm. It is never shared, cached or
@@ -107,22 +154,22 @@ var endpoints = fillIn([]Endpoint{
 	{
 		Name: "version", Method: "GET",
 		Paths: []string{fedV1 + "/version"},
-		Class: ClassLookup, Share: ShareSame, CacheFor: time.Hour,
+		Class: ClassLookup, Share: ShareSame, CacheFor: time.Hour, Durable: true,
 		CancelSafe: true, Repeat: true, Unsigned: true,
 	},
 	{
-		// The object itself says how long it is good for. This age is for who has
-		// not read it: short, since a server may change its key at any time.
+		// The object itself says how long it is good for, see
+		// ServerKeyObject.RefreshAt.
 		Name: "server_keys", Method: "GET",
 		Paths: []string{keyV2 + "/server", keyV2 + "/server/*"},
-		Class: ClassKey, Timeout: 10 * time.Second, Share: ShareSame, CacheFor: time.Minute,
+		Class: ClassKey, Timeout: 10 * time.Second, Share: ShareSame, Kind: AnswerServerKeys, Durable: true,
 		CancelSafe: true, Repeat: true, IgnoresBackoff: true, Unsigned: true,
 	},
 	{
 		// Not cached as a whole: what is in an answer has a lifetime key by key.
 		Name: "key_query", Method: "POST",
 		Paths: []string{keyV2 + "/query"},
-		Class: ClassKey, Share: ShareSame,
+		Class: ClassKey, Share: ShareSame, Kind: AnswerKeyQuery,
 		CancelSafe: true, Repeat: true, Unsigned: true,
 	},
 	{
@@ -142,7 +189,7 @@ var endpoints = fillIn([]Endpoint{
 	{
 		Name: "event_auth", Method: "GET",
 		Paths: []string{fedV1 + "/event_auth/*/*"},
-		Class: ClassEvent, Share: ShareSame, CacheFor: 5 * time.Minute,
+		Class: ClassEvent, Share: ShareSame, CacheFor: 5 * time.Minute, Join: JoinResync,
 		CancelSafe: true, Repeat: true,
 	},
 	{
@@ -162,19 +209,20 @@ var endpoints = fillIn([]Endpoint{
 		Name: "state", Method: "GET",
 		Paths: []string{fedV1 + "/state/*"},
 		Class: ClassState, Timeout: 600 * time.Second, Share: ShareSame, CacheFor: 10 * time.Minute,
+		Keep: true, Whole: 10 * time.Minute, RunOn: 11 * time.Minute, Join: JoinResync,
 		MaxResponse: MaxStateBody,
 		CancelSafe:  true, Repeat: true,
 	},
 	{
 		Name: "state_ids", Method: "GET",
 		Paths: []string{fedV1 + "/state_ids/*"},
-		Class: ClassState, Share: ShareSame, CacheFor: 10 * time.Minute,
+		Class: ClassState, Share: ShareSame, CacheFor: 10 * time.Minute, Join: JoinResync,
 		CancelSafe: true, Repeat: true,
 	},
 	{
 		Name: "event", Method: "GET",
 		Paths: []string{fedV1 + "/event/*"},
-		Class: ClassEvent, Share: ShareSame, CacheFor: 10 * time.Minute,
+		Class: ClassEvent, Share: ShareSame, CacheFor: 10 * time.Minute, MissingFor: 30 * time.Second,
 		CancelSafe: true, Repeat: true,
 	},
 	{
@@ -196,7 +244,7 @@ var endpoints = fillIn([]Endpoint{
 	{
 		Name: "make_join", Method: "GET",
 		Paths: []string{fedV1 + "/make_join/*/*"},
-		Class: ClassJoin, Timeout: 20 * time.Second, Share: ShareSame,
+		Class: ClassJoin, Timeout: 20 * time.Second, Share: ShareSame, Join: JoinMake,
 		CancelSafe: true, Repeat: true,
 	},
 	{
@@ -205,6 +253,7 @@ var endpoints = fillIn([]Endpoint{
 		Name: "send_join", Method: "PUT",
 		Paths: []string{fedV2 + "/send_join/*/*", fedV1 + "/send_join/*/*"},
 		Class: ClassJoin, Share: ShareSame, MaxResponse: MaxStateBody,
+		Keep: true, Whole: bodyTimeout, Tries: tries, RunOn: 15 * time.Minute, Join: JoinSend,
 		Repeat: true,
 	},
 	{
@@ -250,7 +299,7 @@ var endpoints = fillIn([]Endpoint{
 		// Asked before a join, hence its class.
 		Name: "complexity", Method: "GET",
 		Paths: []string{unstable + "/rooms/*/complexity"},
-		Class: ClassJoin, Share: ShareSame, CacheFor: 5 * time.Minute,
+		Class: ClassJoin, Share: ShareSame, CacheFor: 5 * time.Minute, Durable: true,
 		CancelSafe: true, Repeat: true,
 	},
 	{
@@ -272,7 +321,8 @@ var endpoints = fillIn([]Endpoint{
 		Name: "query_profile", Method: "GET",
 		Paths: []string{fedV1 + "/query/profile"},
 		Class: ClassLookup, Timeout: 10 * time.Second, Share: ShareSame,
-		CacheFor: 5 * time.Minute, StaleFor: time.Hour,
+		CacheFor: 5 * time.Minute, StaleFor: 24 * time.Hour, MissingFor: 30 * time.Second,
+		Durable: true, Kind: AnswerProfile,
 		CancelSafe: true, Repeat: true, IgnoresBackoff: true,
 	},
 	{
@@ -294,7 +344,7 @@ var endpoints = fillIn([]Endpoint{
 	{
 		Name: "public_rooms", Method: "GET",
 		Paths: []string{fedV1 + "/publicRooms"},
-		Class: ClassLookup, Share: ShareSame, CacheFor: 30 * time.Second,
+		Class: ClassLookup, Share: ShareSame, CacheFor: 30 * time.Second, StaleFor: time.Hour,
 		CancelSafe: true, Repeat: true, IgnoresBackoff: true,
 	},
 	{
@@ -306,7 +356,7 @@ var endpoints = fillIn([]Endpoint{
 	{
 		Name: "hierarchy", Method: "GET",
 		Paths: []string{fedV1 + "/hierarchy/*", unstable + "/org.matrix.msc2946/hierarchy/*"},
-		Class: ClassLookup, Share: ShareSame, CacheFor: 5 * time.Minute,
+		Class: ClassLookup, Share: ShareSame, CacheFor: 5 * time.Minute, StaleFor: time.Hour, Durable: true,
 		CancelSafe: true, Repeat: true,
 	},
 	{
@@ -336,18 +386,19 @@ var endpoints = fillIn([]Endpoint{
 		CancelSafe: true, Repeat: true,
 	},
 
-	// Media. Its content never changes, but Synapse keeps what it has fetched, and
-	// an answer may be a Location that must not be kept (S2S "Content Repository").
+	// Media. Its content never changes, but Synapse keeps what it has fetched.
+	// Where it is to be kept nevertheless, an answer that is a Location must not
+	// be (S2S "Content Repository").
 	{
 		Name: "media_download", Method: "GET",
 		Paths: []string{fedV1 + "/media/download/*"},
-		Class: ClassLookup, Share: ShareSame,
+		Class: ClassLookup, Share: ShareSame, Kind: AnswerMedia,
 		CancelSafe: true, Repeat: true,
 	},
 	{
 		Name: "media_thumbnail", Method: "GET",
 		Paths: []string{fedV1 + "/media/thumbnail/*"},
-		Class: ClassLookup, Share: ShareSame,
+		Class: ClassLookup, Share: ShareSame, Kind: AnswerMedia,
 		CancelSafe: true, Repeat: true,
 	},
 	{
@@ -357,13 +408,13 @@ var endpoints = fillIn([]Endpoint{
 			mediaR0 + "/download/*/*", mediaR0 + "/download/*/*/*",
 			mediaV1 + "/download/*/*", mediaV1 + "/download/*/*/*",
 		},
-		Class: ClassLookup, Share: ShareSame,
+		Class: ClassLookup, Share: ShareSame, Kind: AnswerMedia,
 		CancelSafe: true, Repeat: true, Unsigned: true,
 	},
 	{
 		Name: "media_thumbnail_legacy", Method: "GET",
 		Paths: []string{mediaV3 + "/thumbnail/*/*", mediaR0 + "/thumbnail/*/*", mediaV1 + "/thumbnail/*/*"},
-		Class: ClassLookup, Share: ShareSame,
+		Class: ClassLookup, Share: ShareSame, Kind: AnswerMedia,
 		CancelSafe: true, Repeat: true, Unsigned: true,
 	},
 })

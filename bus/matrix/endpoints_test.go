@@ -198,6 +198,14 @@ func TestEndpointTable(t *testing.T) {
 			{e.Method == "PUT" && (e.CancelSafe || e.CacheFor > 0), "changes something, but is cancelled or cached"},
 			{e.Method == "GET" && !(e.CancelSafe && e.Repeat), "a GET that is not safe"},
 			{e.CancelSafe && !e.Repeat, "harmless to cancel but not to repeat"},
+			{(e.Keep || e.Durable || e.Kind == AnswerMedia) && e.Share != ShareSame, "kept, but not shared"},
+			{e.Durable && e.CacheFor == 0 && e.Kind != AnswerServerKeys, "stored, but never fresh"},
+			{e.MissingFor > 0 && e.CacheFor == 0, "a 404 is kept, a 200 is not"},
+			{e.Whole > 0 && (e.RunOn == 0 || !e.Keep), "held back, but not kept for who comes again"},
+			{(e.Tries > 0 || e.RunOn > 0) && e.Share != ShareSame, "comes again, but is not shared"},
+			{e.RunOn > 0 && e.RunOn < e.Timeout*time.Duration(max(e.Tries, 1)), "ends before its caller has given up"},
+			{e.Join == JoinSend && e.Whole != 60*time.Second, "Synapse's time for the body"},
+			{e.Join != 0 && !strings.Contains(e.Paths[0], "*"), "a join without a room"},
 		} {
 			if rule.broken {
 				t.Errorf("%s: %s", e.Name, rule.says)
@@ -220,13 +228,19 @@ func TestEndpointFigures(t *testing.T) {
 		600 * time.Second: {"state"},
 	}
 	got := make(map[time.Duration][]string)
-	var large, ignores, unsigned []string
+	sets := make(map[string][]string)
+	var ignores, unsigned []string
 	for _, e := range All() {
 		if e.Timeout != DefaultTimeout {
 			got[e.Timeout] = append(got[e.Timeout], e.Name)
 		}
-		if e.MaxResponse == MaxStateBody {
-			large = append(large, e.Name)
+		for what, is := range map[string]bool{
+			"large answers": e.MaxResponse == MaxStateBody, "durable": e.Durable, "held back": e.Whole > 0, "coming again": e.Tries > 0,
+			"make": e.Join == JoinMake, "send": e.Join == JoinSend, "resync": e.Join == JoinResync, "media": e.Kind == AnswerMedia, "404 kept": e.MissingFor > 0,
+		} {
+			if is {
+				sets[what] = append(sets[what], e.Name)
+			}
 		}
 		if e.IgnoresBackoff {
 			ignores = append(ignores, e.Name)
@@ -249,12 +263,24 @@ func TestEndpointFigures(t *testing.T) {
 	if len(got) > 0 {
 		t.Errorf("unexpected timeouts: %v", got)
 	}
-	check("large answers", large, []string{"send_join", "state"})
+	for what, want := range map[string][]string{
+		"large answers": {"send_join", "state"},
+		"durable":       {"complexity", "hierarchy", "query_profile", "server_keys", "version"},
+		"held back":     {"send_join", "state"},
+		"coming again":  {"send_join"},
+		"make":          {"make_join"},
+		"send":          {"send_join"},
+		"resync":        {"event_auth", "state", "state_ids"},
+		"media":         {"media_download", "media_download_legacy", "media_thumbnail", "media_thumbnail_legacy"},
+		"404 kept":      {"event", "query_profile"},
+	} {
+		check(what, sets[what], want)
+	}
 	check("ignoring back-off", ignores, []string{"invite", "make_leave", "policy_sign", "public_rooms", "public_rooms_search",
 		"query_directory", "query_profile", "send_leave", "server_keys"})
 	check("unsigned", unsigned, []string{"3pid_onbind", "key_query", "key_query_server", "media_download_legacy",
 		"media_thumbnail_legacy", "openid_userinfo", "server_keys", "version", "well_known"})
-	if e := Match("GET", "/_matrix/federation/v1/query/profile"); e.CacheFor != 5*time.Minute || e.StaleFor != time.Hour {
+	if e := Match("GET", "/_matrix/federation/v1/query/profile"); e.CacheFor != 5*time.Minute || e.StaleFor != 24*time.Hour || e.MissingFor != 30*time.Second {
 		t.Errorf("profile: cached for %v, stale for %v", e.CacheFor, e.StaleFor)
 	}
 }

@@ -11,6 +11,7 @@ const (
 	MNotFound                = "M_NOT_FOUND"
 	MNotJSON                 = "M_NOT_JSON"
 	MTooLarge                = "M_TOO_LARGE"
+	MUnableToAuthoriseJoin   = "M_UNABLE_TO_AUTHORISE_JOIN"
 	MUnableDueToPartialState = "M_UNABLE_DUE_TO_PARTIAL_STATE"
 	MUnauthorized            = "M_UNAUTHORIZED"
 	MUnknown                 = "M_UNKNOWN"

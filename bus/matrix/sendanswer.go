@@ -47,6 +47,18 @@ func ParseSendAnswer(body []byte) ([]PDUError, error) {
 	return refused, nil
 }
 
+// ErrorCode returns the errcode of an error's body, or "" for anything that is
+// not a standard error.
+func ErrorCode(body []byte) string {
+	var e struct {
+		Code string `json:"errcode"`
+	}
+	if json.Unmarshal(body, &e) != nil {
+		return ""
+	}
+	return e.Code
+}
+
 // ErrorText returns what a server says in the body of an error: its errcode and
 // text, or "" for anything that is not a standard error (CS "Standard error
 // response").

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"strconv"
 	"sync/atomic"
+	"time"
 
 	"fsbus/bus"
 	"fsbus/bus/matrix"
@@ -11,13 +12,17 @@ import (
 )
 
 // answer is one reply to be written: what a remote answered, a refusal of the
-// bus's own, or that a transaction is taken over.
+// bus's own, keys from the store, or that a transaction is taken over.
 type answer struct {
 	in      *netx.Inbound
 	taken   bool
 	refusal *bus.Refuse
+	keys    *bus.ReplyKeys
 	from    *attempt
 	reader  *netx.Reader
+	field   string // only this member of it
+	source  bus.Source
+	age     time.Duration
 }
 
 // replyCounts counts how the writing of answers ended.
@@ -36,15 +41,26 @@ func (n *Node) write(a answer) {
 		err = a.in.Reply(200, nil, takenBody)
 	case a.refusal != nil:
 		err = a.in.Reply(a.refusal.Status, nil, refusalBody(a.refusal))
+	case a.keys != nil:
+		err = n.writeKeys(a.in, a.keys)
 	default:
 		defer a.from.body.Release()
 		defer a.reader.Close()
+		if a.field != "" && a.from.status == 200 {
+			err = n.writeField(a)
+			break
+		}
 		size := a.from.size
 		if a.from.body.Complete() {
 			size = a.from.body.Size()
 		}
-		err = a.in.Stream(a.from.status, a.from.header, size, a.reader)
+		err = a.in.Stream(a.from.status, headerFor(a), size, a.reader)
 	}
+	n.wrote(a.in, err)
+}
+
+// wrote counts and notes how the writing of an answer ended.
+func (n *Node) wrote(in *netx.Inbound, err error) {
 	switch {
 	case err == nil:
 		n.replies.whole.Add(1)
@@ -52,10 +68,10 @@ func (n *Node) write(a answer) {
 		n.replies.gone.Add(1)
 	case errors.Is(err, netx.ErrSlowReader):
 		n.replies.slow.Add(1)
-		n.notable.reply(a.in, err)
+		n.notable.reply(in, err)
 	default:
 		n.replies.cut.Add(1)
-		n.notable.reply(a.in, err)
+		n.notable.reply(in, err)
 	}
 }
 

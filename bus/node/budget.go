@@ -50,6 +50,14 @@ const (
 	// there are as many as netx.ClientConfig.SessionCache.
 	sessionCost = sched.KiB
 	sessions    = 1000
+	// answerCost is an answer in the database of which the core knows.
+	answerCost = 64 * sched.Bytes(1)
+	// keyWantCost is a key that is being asked for, and maxKeyWants how many may
+	// be.
+	keyWantCost = 100 * sched.Bytes(1)
+	maxKeyWants = 10000
+	// scanCost is what a scanner knows of the room whose answer it looks through.
+	scanCost = sched.MiB
 )
 
 const (
@@ -61,10 +69,10 @@ const (
 	// readingGoroutines read a connection's request.
 	readingGoroutines = 1
 	// fixedGoroutines are those that every node has: the loop, the store's writer, the watcher of parked
-	// connections, the pools that write answers, the status page (8), the
-	// admin's socket, two for each of its connections, and the process itself with
-	// its signals (4).
-	fixedGoroutines = 3 + smallRepliers + largeRepliers + 8 + 1 + 2*adminConns + 4
+	// connections, the pools that write answers, read the store and look through
+	// answers, the status page (8), the admin's socket, two for each of its
+	// connections, and the process itself with its signals (4).
+	fixedGoroutines = 3 + smallRepliers + largeRepliers + storeReaders + scanners + 8 + 1 + 2*adminConns + 4
 
 	// workerConnections are two that race for one server.
 	workerConnections = 2
@@ -119,6 +127,9 @@ func (c *Config) Budget() Budget {
 	add("TLS sessions", "", sessions, sessionCost)
 	add("bodies on their way", "outbound.spool_memory", 1, o.SpoolMemory)
 	add("answers kept", "outbound.cache", 1, o.Cache)
+	add("answers known", "outbound.cache_entries", o.CacheEntries, answerCost)
+	add("keys being fetched", "", maxKeyWants, keyWantCost)
+	add("joins being looked into", "", scanners, scanCost)
 	if c.hasOutbox() {
 		// One that is being packed and one that is signed or taken apart.
 		add("transactions being made", "outbox.max_transaction_bytes", 2, c.Outbox.MaxTransactionBytes)

@@ -24,20 +24,23 @@ func TestBudgetTable(t *testing.T) {
   program and database            1  16.0 MiB  16.0 MiB
   requests that wait           4200   2.5 KiB  10.3 MiB   front.max_connections
   requests being read            24  50.0 KiB   1.2 MiB   front.max_reading
-  requests to other servers     112  88.0 KiB   9.6 MiB   outbound.workers
-  idle connections               72  40.0 KiB   2.8 MiB   outbound.idle_connections
+  requests to other servers     100  88.0 KiB   8.6 MiB   outbound.workers
+  idle connections               56  40.0 KiB   2.2 MiB   outbound.idle_connections
   servers remembered           5600     768 B   4.1 MiB   outbound.max_hosts
   names and addresses             1   3.9 MiB   3.9 MiB
   TLS sessions                 1000   1.0 KiB   1.0 MiB
   bodies on their way             1   2.0 MiB   2.0 MiB   outbound.spool_memory
-  answers kept                    1   1.0 MiB   1.0 MiB   outbound.cache
+  answers kept                    1 256.0 KiB   0.2 MiB   outbound.cache
+  answers known               10000      64 B   0.6 MiB   outbound.cache_entries
+  keys being fetched          10000     100 B   1.0 MiB
+  joins being looked into         1   1.0 MiB   1.0 MiB
   transactions being made         2   4.0 MiB   8.0 MiB   outbox.max_transaction_bytes
   servers with a queue         4500     400 B   1.7 MiB   outbox.max_destinations
   who is in which room            1   2.2 MiB   2.2 MiB   outbox.ack_memory
-  sum                                          63.8 MiB   of memory_limit, 64.0 MiB
-goroutines                     1025
-connections to servers          296
-file descriptors               4832
+  sum                                          64.0 MiB   of memory_limit, 64.0 MiB
+goroutines                      912
+connections to servers          256
+file descriptors               4792
 `
 	c := withKeys()
 	var b bytes.Buffer
@@ -51,6 +54,14 @@ file descriptors               4832
 	broken := errors.New("broken")
 	if _, err := c.Budget().WriteTo(writerFunc(func([]byte) (int, error) { return 0, broken })); !errors.Is(err, broken) {
 		t.Errorf("a writer that fails: %v", err)
+	}
+}
+
+// A bus that is given nothing but what is required, and an outbox, must start.
+func TestBudgetOfTheDefaultsFits(t *testing.T) {
+	c := withKeys()
+	if b := c.Budget(); b.Memory > b.Limit {
+		t.Errorf("the defaults may use %d bytes, %d more than their own limit", b.Memory, b.Memory-b.Limit)
 	}
 }
 

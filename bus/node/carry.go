@@ -60,6 +60,7 @@ func (n *Node) end(a *attempt, failure matrix.Failure, detail string) {
 	done := bus.Done{Op: a.op, Failure: failure, Detail: detail, Size: a.body.Size()}
 	if failure == matrix.FailNone {
 		_, done.Kept = a.body.Bytes()
+		n.judge(a, matrix.Match(a.in.Method, a.in.Target), &done)
 	} else {
 		n.notable.failed(a, failure, detail)
 	}
@@ -98,8 +99,17 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 	}
 	a.status, a.header, a.size = resp.StatusCode, resp.Header, resp.ContentLength
 
-	answered := bus.Answered{Op: a.op, Status: resp.StatusCode}
+	answered := bus.Answered{Op: a.op, Status: resp.StatusCode, Size: resp.ContentLength}
+	var rest io.Reader = resp.Body
 	switch {
+	case ep.Join != 0 && resp.StatusCode >= 400:
+		var begin []byte
+		begin, err = io.ReadAll(io.LimitReader(resp.Body, maxAside))
+		answered.Code = matrix.ErrorCode(begin)
+		n.loop.Post(event{Event: answered})
+		if err == nil {
+			err = fill(a.body, begin, resp.Body, ep.MaxResponse)
+		}
 	case resp.StatusCode == http.StatusTooManyRequests:
 		var begin []byte
 		begin, err = io.ReadAll(io.LimitReader(resp.Body, peek429))
@@ -117,7 +127,13 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 		}
 	default:
 		n.loop.Post(event{Event: answered})
-		err = fill(a.body, nil, resp.Body, ep.MaxResponse)
+		if ep.Whole > 0 && resp.StatusCode == http.StatusOK {
+			n.startScan(a, ep)
+			rest = &progressReader{countingReader: &countingReader{r: rest}, tell: func(size int64) {
+				n.loop.Post(event{Event: bus.Progress{Op: a.op, Size: size}})
+			}}
+		}
+		err = fill(a.body, nil, rest, ep.MaxResponse)
 	}
 	if err == nil {
 		return matrix.FailNone, ""

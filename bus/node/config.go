@@ -29,8 +29,9 @@ import (
 type Config struct {
 	// DataDir is the folder of the database and of the spool. It is made if it
 	// is missing, but the folder above it is not. Default "/var/lib/fsbus". It
-	// holds a few megabytes, Outbound.SpoolDisk on top while large answers pass,
-	// and at most 256 MiB of copies of what an admin has dropped.
+	// holds a database of at most Outbox.MaxDisk, Outbound.SpoolDisk on top for
+	// large answers that pass or are kept, and at most 256 MiB of copies of what an
+	// admin has dropped.
 	DataDir string `toml:"data_dir"`
 	// MemoryLimit is what the whole process may use at worst, in bytes; it
 	// does not start when Budget adds up to more. Default 64 MiB. A higher
@@ -49,6 +50,9 @@ type Config struct {
 	Homeserver HomeserverConfig `toml:"homeserver"`
 	Front      FrontConfig      `toml:"front"`
 	Outbound   OutboundConfig   `toml:"outbound"`
+	Keys       KeysConfig       `toml:"keys"`
+	Joins      JoinsConfig      `toml:"joins"`
+	Media      MediaConfig      `toml:"media"`
 	Outbox     OutboxConfig     `toml:"outbox"`
 	Federation FederationConfig `toml:"federation"`
 	Status     StatusConfig     `toml:"status"`
@@ -106,25 +110,28 @@ type FrontConfig struct {
 // OutboundConfig bounds what is sent to other servers.
 type OutboundConfig struct {
 	// Workers is how many requests to other servers run at a time. Default
-	// 112. Each costs 88 KiB, seven goroutines and two file descriptors.
+	// 100. Each costs 88 KiB, seven goroutines and two file descriptors.
 	Workers int `toml:"workers" range:"8..2048"`
 	// UnknownHosts is how many of the workers may wait for servers that have
-	// not answered yet. Default 80. After a start all servers are such.
+	// not answered yet. Default 72. After a start all servers are such.
 	UnknownHosts int `toml:"unknown_hosts" range:"1..2048" reload:"yes"`
 	// FailingHosts is how many of the workers may wait for servers whose last
 	// attempt failed. Default 16.
 	FailingHosts int `toml:"failing_hosts" range:"1..2048" reload:"yes"`
 	// HostConcurrency is how many requests to one server run at a time.
-	// Default 4. A Synapse works on 3 of one origin at a time.
+	// Default 4. A Synapse works on 3 of one origin at a time. Requests for keys
+	// do not count, see Keys.NotaryParallel.
 	HostConcurrency int `toml:"host_concurrency" range:"1..64" reload:"yes"`
-	// HostRate is how many requests to one server start in a second. Default
-	// 10, beyond which a Synapse delays.
+	// HostRate is how many requests to one server start in a second. Default 7,
+	// which with HostBurst is what a Synapse takes of one origin without delay: 10
+	// within any second. Joins and events count, but do not wait; transactions and
+	// requests for keys do neither.
 	HostRate float64 `toml:"host_rate" range:"0.1..1000.0" reload:"yes"`
 	// HostBurst is how many requests to one server may start at once before
-	// HostRate holds. Default 10.
+	// HostRate holds. Default 3.
 	HostBurst int `toml:"host_burst" range:"1..1000" reload:"yes"`
 	// MaxHosts is how many servers are remembered, more than
-	// Front.MaxConnections and twice Workers together. Default 5600. Each costs
+	// Front.MaxConnections and three times Workers together and 4. Default 5600. Each costs
 	// 768 bytes.
 	MaxHosts int `toml:"max_hosts" range:"100..1000000"`
 	// ConnectTimeout bounds connecting to one address of a server. Default 5 s.
@@ -145,26 +152,93 @@ type OutboundConfig struct {
 	// a file descriptor.
 	DNSQueries int `toml:"dns_queries" range:"1..256"`
 	// IdleConnections is how many connections to other servers stay open for
-	// the next request, which then needs no handshake. Default 72. Each costs
+	// the next request, which then needs no handshake. Default 56. Each costs
 	// 40 KiB, two goroutines and a file descriptor.
 	IdleConnections int `toml:"idle_connections" range:"1..4096"`
 	// IdleTimeout is how long such a connection stays open. Default 55 s, since
 	// most servers close it after 60 s themselves.
 	IdleTimeout Duration `toml:"idle_timeout" range:"1s..10m"`
-	// Cache is how many bytes of answers are kept for equal requests. Default
-	// 1 MiB; 0 keeps none.
+	// Cache is how many bytes of answers that were used lately are held in memory.
+	// Default 256 KiB. An answer that does not fit goes nowhere, so 0 keeps none on
+	// disk either.
 	Cache sched.Bytes `toml:"cache" range:"0..1GiB" reload:"yes"`
-	// CacheEntries is how many answers are kept. Default 2000; 0 keeps none.
-	CacheEntries int `toml:"cache_entries" range:"0..1000000" reload:"yes"`
+	// CacheEntries is how many answers are kept in the database, CacheDisk how
+	// many bytes of it they take. Defaults 10000, at 64 bytes of memory each, and
+	// 16 MiB. 0 keeps none.
+	CacheEntries int         `toml:"cache_entries" range:"0..1000000"`
+	CacheDisk    sched.Bytes `toml:"cache_disk" range:"0..16GiB"`
+	// ProfileFresh is how long a profile answers further requests. Default 5 min.
+	// ProfileStale is how long after that it does if its server fails, is left
+	// alone or limits our rate. Default 24 h.
+	ProfileFresh Duration `toml:"profile_fresh" range:"0s..24h" reload:"yes"`
+	ProfileStale Duration `toml:"profile_stale" range:"0s..168h" reload:"yes"`
 	// SpoolMemory is how many bytes of requests and answers on their way are
 	// held in memory. Default 2 MiB. What is beyond goes to disk.
 	SpoolMemory sched.Bytes `toml:"spool_memory" range:"0..1GiB"`
-	// SpoolDisk is how many bytes of them are held in DataDir. Default 1 GiB:
-	// ten joins of the largest rooms.
+	// SpoolDisk is how many bytes of them are held in DataDir, what Joins and Media
+	// keep included. Default 1 GiB: ten joins of the largest rooms.
 	SpoolDisk sched.Bytes `toml:"spool_disk" range:"64MiB..1024GiB"`
 	// SpoolInline is the size above which one body goes to disk. Default
 	// 64 KiB. It counts towards SpoolMemory.
 	SpoolInline sched.Bytes `toml:"spool_inline" range:"4KiB..16MiB"`
+}
+
+// KeysConfig says how the keys of other servers are fetched, and for whom.
+type KeysConfig struct {
+	// Notary is whether the bus is a notary for its own homeserver: it then
+	// fetches the keys of each server from that server, so that no other one
+	// learns with whom the homeserver talks. Default false. The homeserver has to
+	// be told, see SynapseConfig.
+	Notary bool `toml:"notary"`
+	// NotaryName is the server name under which it is one. Default
+	// "fsbus.invalid". A request to that name never leaves the bus.
+	NotaryName matrix.ServerName `toml:"notary_name"`
+	// KeyPath is the file of the key that the notary signs with, in the form of
+	// Synapse's signing key. Other users must not be able to read it, nor its group
+	// to write it. Default "": notary.key in DataDir, which is made when it is
+	// missing.
+	KeyPath string `toml:"key_path" eg:"\"/etc/fsbus/notary.key\""`
+	// CacheEntries is of how many servers the database has keys, CacheDisk how
+	// many bytes of it they take, at most half of Outbox.MaxDisk. Defaults 10000
+	// and 24 MiB. A server counts once for each way by which its keys came.
+	CacheEntries int         `toml:"cache_entries" range:"1000..1000000"`
+	CacheDisk    sched.Bytes `toml:"cache_disk" range:"1MiB..16GiB"`
+	// NotaryBatch is for how many servers another notary is asked at a time.
+	// Default 50.
+	NotaryBatch int `toml:"notary_batch" range:"1..200" reload:"yes"`
+	// NotaryParallel is how many such requests to one server run at a time.
+	// Default 10.
+	NotaryParallel int `toml:"notary_parallel" range:"1..32" reload:"yes"`
+	// NotaryWait is how long one request for keys may hold up the answers that
+	// need it. Default 5 s. What comes later is kept for the next who asks.
+	NotaryWait Duration `toml:"notary_wait" range:"100ms..50s" reload:"yes"`
+}
+
+// JoinsConfig says what is done for a homeserver that joins a room.
+type JoinsConfig struct {
+	// Keep is how long a finished answer to a join, or with the state of a room,
+	// is kept for a homeserver that asks again. Default 1 h; 0 keeps none.
+	Keep Duration `toml:"keep" range:"0s..24h" reload:"yes"`
+	// KeepDisk is how much of Outbound.SpoolDisk they take. Default 512 MiB; 0
+	// keeps none.
+	KeepDisk sched.Bytes `toml:"keep_disk" range:"0..1024GiB"`
+	// PrefetchKeys is whether the keys that the homeserver will want are fetched
+	// while the answer to a join still arrives. Default true. For this the answer
+	// is looked through once, by one goroutine for all of them.
+	PrefetchKeys bool `toml:"prefetch_keys" reload:"yes"`
+	// Preflight is how many servers of a joined room are looked up and connected
+	// to in a second before there is anything to send. Default 10; 0 is none.
+	Preflight int `toml:"preflight" range:"0..1000" reload:"yes"`
+}
+
+// MediaConfig says what is kept of media of other servers.
+type MediaConfig struct {
+	// CacheDisk is how much of Outbound.SpoolDisk downloads and thumbnails take
+	// for further requests. Default 0: none are kept, since homeservers keep them
+	// themselves. Together with Joins.KeepDisk it is at most Outbound.SpoolDisk.
+	CacheDisk sched.Bytes `toml:"cache_disk" range:"0..1024GiB"`
+	// CacheFor is how long they are kept. Default 24 h; 0 keeps none.
+	CacheFor Duration `toml:"cache_for" range:"0s..168h" reload:"yes"`
 }
 
 // OutboxConfig says what the bus takes over from the homeserver and when it
@@ -293,14 +367,32 @@ func DefaultConfig() Config {
 			BodyTimeout:         Duration(60 * time.Second),
 			HandshakesPerSecond: 100,
 			DNSQueries:          16,
-			IdleConnections:     72,
+			IdleConnections:     56,
 			IdleTimeout:         Duration(55 * time.Second),
 			Cache:               core.CacheBytes,
-			CacheEntries:        int(core.CacheEntries),
+			CacheEntries:        int(core.KnownAnswers),
+			CacheDisk:           store.DefaultMaxAnswerBytes,
+			ProfileFresh:        Duration(core.ProfileFresh),
+			ProfileStale:        Duration(core.ProfileStale),
 			SpoolMemory:         2 * sched.MiB,
 			SpoolDisk:           sched.GiB,
 			SpoolInline:         64 * sched.KiB,
 		},
+		Keys: KeysConfig{
+			NotaryName:     "fsbus.invalid",
+			CacheEntries:   store.DefaultMaxKeys,
+			CacheDisk:      store.DefaultMaxKeyBytes,
+			NotaryBatch:    int(core.Keys.Batch),
+			NotaryParallel: int(core.Keys.Parallel),
+			NotaryWait:     Duration(core.Keys.Wait),
+		},
+		Joins: JoinsConfig{
+			Keep:         Duration(core.KeepFor),
+			KeepDisk:     core.KeepBytes,
+			PrefetchKeys: true,
+			Preflight:    int(core.Preflight),
+		},
+		Media:  MediaConfig{CacheDisk: core.MediaBytes, CacheFor: Duration(core.MediaFor)},
 		Outbox: defaultOutbox(),
 		Federation: FederationConfig{
 			IPRangeBlocklist: netx.DefaultBlocklist(),
@@ -444,9 +536,26 @@ func (c *Config) coreWithoutOutbox() bus.Config {
 		HostBurst:       int32(o.HostBurst),
 		MaxRequests:     int32(c.Front.MaxConnections),
 		MaxHosts:        int32(o.MaxHosts),
-		CacheEntries:    int32(o.CacheEntries),
 		CacheBytes:      o.Cache,
+		KnownAnswers:    int32(o.CacheEntries),
+		ProfileFresh:    time.Duration(o.ProfileFresh),
+		ProfileStale:    time.Duration(o.ProfileStale),
+		KeepFor:         time.Duration(c.Joins.Keep),
+		KeepBytes:       c.Joins.KeepDisk,
+		MediaFor:        time.Duration(c.Media.CacheFor),
+		MediaBytes:      c.Media.CacheDisk,
+		Preflight:       float64(c.Joins.Preflight),
+		Keys:            c.Keys.core(),
 	}
+}
+
+// core returns the limits of the key desk in the core.
+func (k *KeysConfig) core() bus.KeysConfig {
+	core := bus.KeysConfig{Batch: int32(k.NotaryBatch), Parallel: int32(k.NotaryParallel), Wait: time.Duration(k.NotaryWait), MaxWants: maxKeyWants}
+	if k.Notary {
+		core.OwnName = k.NotaryName
+	}
+	return core
 }
 
 // level returns LogLevel as slog has it.

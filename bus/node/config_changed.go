@@ -3,7 +3,11 @@ package node
 import (
 	"bytes"
 	"reflect"
+	"slices"
 )
+
+// coreSections are those with limits of the core.
+var coreSections = []string{"outbound", "keys", "joins", "media", "outbox"}
 
 // Changed returns the keys in which new differs from old: those that a running
 // bus takes over, and those that need a restart.
@@ -29,7 +33,7 @@ func (c *Config) merge(new *Config) (merged Config, applied, needRestart []strin
 		merged, applied, needRestart = *c, nil, nil
 		theirs := new.fields()
 		for i, f := range merged.fields() {
-			reload := f.tag.Get("reload") != "" && (withLimits || f.section != "outbound" && f.section != "outbox")
+			reload := f.tag.Get("reload") != "" && (withLimits || !slices.Contains(coreSections, f.section))
 			switch {
 			case f.key() == "homeserver.signing_key_path":
 				switch {

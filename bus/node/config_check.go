@@ -87,10 +87,12 @@ func (k *checker) check() {
 	k.signingKeys()
 	k.front()
 	k.secret()
+	k.keys()
 	k.federation()
 	k.status()
 	k.admin()
 	if numbersFine { // else what contradicts what would be a guess
+		k.disk()
 		k.core()
 		k.memory()
 	}
@@ -386,6 +388,24 @@ func (k *checker) core() {
 		default:
 			return
 		}
+	}
+}
+
+// disk holds what is kept on disk against that of which it is a part.
+func (k *checker) disk() {
+	spool, keep, media := k.c.Outbound.SpoolDisk, k.c.Joins.KeepDisk, k.c.Media.CacheDisk
+	switch {
+	case keep > spool:
+		k.bad("joins.keep_disk", fmt.Sprintf("is %s, but it is a part of outbound.spool_disk, which is %s", tomlValue(keep), tomlValue(spool)),
+			"at most "+tomlValue(spool)+", or a higher outbound.spool_disk")
+	case keep+media > spool:
+		k.bad("media.cache_disk", fmt.Sprintf("is %s, which together with joins.keep_disk (%s) is more than outbound.spool_disk (%s)", tomlValue(media), tomlValue(keep), tomlValue(spool)),
+			"at most "+tomlValue(spool-keep)+", or a lower joins.keep_disk, or a higher outbound.spool_disk")
+	}
+	// Keys are stored even when the database is full, at the outbox's expense.
+	if file := k.c.Outbox.MaxDisk; k.c.Keys.CacheDisk > file/2 {
+		k.bad("keys.cache_disk", fmt.Sprintf("is %s, more than half of outbox.max_disk (%s), which bounds the database", tomlValue(k.c.Keys.CacheDisk), tomlValue(file)),
+			"at most "+tomlValue(file/2)+", or a higher outbox.max_disk")
 	}
 }
 

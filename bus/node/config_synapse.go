@@ -1,6 +1,7 @@
 package node
 
 import (
+	"encoding/base64"
 	"fmt"
 	"net"
 	"net/netip"
@@ -9,9 +10,11 @@ import (
 )
 
 // SynapseConfig returns the lines for homeserver.yaml that make Synapse send
-// its federation requests to the first address of Front.Listen. A secret that
-// is in the configuration itself is not shown.
-func (c *Config) SynapseConfig() string {
+// its federation requests to the first address of Front.Listen, and ask the bus
+// for keys if it is a notary. For that the notary's key is made if it is missing;
+// an error is one of that key. A secret that is in the configuration itself is not
+// shown.
+func (c *Config) SynapseConfig() (string, error) {
 	var b strings.Builder
 	b.WriteString("# For homeserver.yaml of Synapse 1.89 or newer. An instance_map that is there\n" +
 		"# already gets the one line more.\n" +
@@ -33,7 +36,23 @@ func (c *Config) SynapseConfig() string {
 		b.WriteString("# worker_replication_secret: the text that is secret in [front] of the\n" +
 			"# configuration of fsbus, which is not shown here.\n")
 	}
-	return b.String()
+	if !c.Keys.Notary {
+		return b.String(), nil
+	}
+	key, made, err := findNotaryKey(c)
+	if err != nil {
+		return "", err
+	}
+	b.WriteString("# fsbus fetches the keys of other servers itself. This takes the place of a\n" +
+		"# trusted_key_servers that is there already.\n")
+	if made {
+		fmt.Fprintf(&b, "# The key of the notary was made just now: %s\n", yamlText(c.notaryKeyPath()))
+	}
+	fmt.Fprintf(&b, "trusted_key_servers:\n"+
+		"  - server_name: %s\n"+
+		"    verify_keys:\n"+
+		"      %s: %s\n", yamlText(string(c.Keys.NotaryName)), yamlText(key.ID()), yamlText(base64.RawStdEncoding.EncodeToString(key.Public())))
+	return b.String(), nil
 }
 
 // yamlText returns s in double quotes. What Go escapes YAML escapes alike

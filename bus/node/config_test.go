@@ -166,9 +166,29 @@ idle_connections = 8
 idle_timeout = "2m"
 cache = "0"
 cache_entries = 0
+cache_disk = "0"
+profile_fresh = "1m"
+profile_stale = "0s"
 spool_memory = "1MiB"
 spool_disk = "2GiB"
 spool_inline = "16KiB"
+[keys]
+notary = true
+notary_name = "keys.invalid"
+key_path = "signing.key"
+cache_entries = 2000
+cache_disk = "8MiB"
+notary_batch = 20
+notary_parallel = 2
+notary_wait = "3s"
+[joins]
+keep = "2h"
+keep_disk = "1GiB"
+prefetch_keys = false
+preflight = 0
+[media]
+cache_disk = "1GiB"
+cache_for = "1h"
 [outbox]
 ack_pace = 40
 ack_pace_floor = 5
@@ -223,11 +243,14 @@ admin = "unix:../other.sock"
 		{"resolve", fmt.Sprint(c.Federation.Resolve), "map[HS2.test:127.0.0.1 hs3.test:8448:[::1]:8449]"},
 		{"secret", string(c.Front.secret), "another secret"},
 		{"core", fmt.Sprint(c.Core()), fmt.Sprint(bus.Config{Workers: 64, Unknown: 48, Failing: 8, HostConcurrency: 2,
-			HostRate: 5, HostBurst: 20, MaxRequests: 1000, MaxHosts: 20000, Outbox: bus.OutboxConfig{
+			HostRate: 5, HostBurst: 20, MaxRequests: 1000, MaxHosts: 20000,
+			ProfileFresh: time.Minute, KeepFor: 2 * time.Hour, KeepBytes: sched.GiB, MediaFor: time.Hour, MediaBytes: sched.GiB,
+			Keys: bus.KeysConfig{OwnName: "keys.invalid", Batch: 20, Parallel: 2, Wait: 3 * time.Second, MaxWants: maxKeyWants}, Outbox: bus.OutboxConfig{
 				MaxQueues: 2000, MaxTransaction: sched.MiB, PresenceWindow: 5 * time.Second, ReceiptWindow: 2 * time.Second, TypingWindow: time.Second, CatchUpAfter: 2 * time.Hour,
 				Pace: bus.PaceConfig{Ack: 40, Floor: 5, Ceiling: 50, Hurry: 4, Hold: 30 * time.Second, MaxHeld: 3000, SmallRoom: 5, Talk: time.Minute, Prompt: 30,
 					MaxRooms: 1000, MaxDestinations: 4000, MaxBytes: 2 * sched.MiB},
 			}})},
+		{"notary's key", c.notaryKeyPath(), dir + "/signing.key"},
 		{"signing key", c.Homeserver.SigningKeyPath + " " + c.Homeserver.keys.String(), dir + "/signing.key ed25519:test"},
 		{"listen options", fmt.Sprint(c.frontListenOptions()), fmt.Sprint(netx.ListenOptions{Mode: 0o666, Owner: "0", Group: "0", AllowRemote: true})},
 		{"level", c.level().String(), "DEBUG"},
@@ -410,6 +433,40 @@ func TestConfigBounds(t *testing.T) {
 	}
 }
 
+// What is kept on disk may take all of that of which it is a part.
+func TestConfigPartsOfTheDisk(t *testing.T) {
+	for _, tt := range []struct {
+		text string
+		key  string // of the only mistake; "" if it is fine
+	}{
+		{"outbound.spool_disk = \"512MiB\"", ""},
+		{"outbound.spool_disk = \"524287KiB\"", "joins.keep_disk"},
+		{"joins.keep_disk = \"0\"\nmedia.cache_disk = \"1GiB\"", ""},
+		{"joins.keep_disk = \"0\"\nmedia.cache_disk = \"1048577KiB\"", "media.cache_disk"},
+		{"media.cache_disk = \"512MiB\"", ""},
+		{"media.cache_disk = \"524289KiB\"", "media.cache_disk"},
+		{"joins.keep_disk = \"2GiB\"\nmedia.cache_disk = \"2GiB\"", "joins.keep_disk"},
+		{"outbox.max_disk = \"48MiB\"", ""},
+		{"outbox.max_disk = \"49151KiB\"", "keys.cache_disk"},
+		{"keys.cache_disk = \"256MiB\"", ""},
+		{"keys.cache_disk = \"262145KiB\"", "keys.cache_disk"},
+	} {
+		_, err := parseConfig("FILE", t.TempDir(), tt.text+"\n"+minimal)
+		switch {
+		case tt.key == "":
+			if err != nil {
+				t.Errorf("%q: %v", tt.text, err)
+			}
+		case err == nil:
+			t.Errorf("%q is accepted", tt.text)
+		default:
+			if all := configErrors(t, err); len(all) != 1 || all[0].Key != tt.key {
+				t.Errorf("%q: %v; want one about %s", tt.text, err, tt.key)
+			}
+		}
+	}
+}
+
 // A file of another program is not worth more than some lines.
 func TestConfigMistakesAreBounded(t *testing.T) {
 	var b strings.Builder
@@ -464,7 +521,7 @@ func TestSecretIsNotPrinted(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, s := range []string{
-		fmt.Sprint(c), fmt.Sprintf("%v %+v %#v", *c, *c, *c), fmt.Sprintf("%s %q", c.Front.Secret, c.Front.Secret), string(json), c.SynapseConfig(),
+		fmt.Sprint(c), fmt.Sprintf("%v %+v %#v", *c, *c, *c), fmt.Sprintf("%s %q", c.Front.Secret, c.Front.Secret), string(json), synapseConfig(t, c),
 	} {
 		if strings.Contains(s, "hunter2") {
 			t.Errorf("printed: %s", s)
@@ -608,6 +665,16 @@ func TestWarnings(t *testing.T) {
 	}
 }
 
+// synapseConfig returns what c.SynapseConfig does.
+func synapseConfig(t *testing.T, c *Config) string {
+	t.Helper()
+	s, err := c.SynapseConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
 func TestSynapseConfig(t *testing.T) {
 	const head = `# For homeserver.yaml of Synapse 1.89 or newer. An instance_map that is there
 # already gets the one line more.
@@ -634,7 +701,7 @@ worker_replication_secret_path: "/etc/fsbus/secret"
 		c := DefaultConfig()
 		c.Front.Listen = []string{tt.listen, "127.0.0.1:9"}
 		c.Front.SecretPath = tt.secretPath
-		if got := c.SynapseConfig(); got != tt.want {
+		if got := synapseConfig(t, &c); got != tt.want {
 			t.Errorf("%s: got\n%s\nwant\n%s", tt.listen, got, tt.want)
 		}
 	}
@@ -656,18 +723,30 @@ func TestChanged(t *testing.T) {
 			c.LogLevel = "debug"
 			o := &c.Outbound
 			o.UnknownHosts, o.FailingHosts, o.HostConcurrency, o.HostRate, o.HostBurst = 70, 20, 5, 20, 30
-			o.Cache, o.CacheEntries = sched.MiB/2, 100
-		}, "log_level outbound.unknown_hosts outbound.failing_hosts outbound.host_concurrency outbound.host_rate outbound.host_burst outbound.cache outbound.cache_entries", ""},
+			o.Cache, o.ProfileFresh, o.ProfileStale = sched.MiB/8, 0, 0
+			c.Keys.NotaryBatch, c.Keys.NotaryParallel, c.Keys.NotaryWait = 10, 2, Duration(time.Second)
+			c.Joins.Keep, c.Joins.PrefetchKeys, c.Joins.Preflight = 0, false, 20
+			c.Media.CacheFor = 0
+		}, "log_level outbound.unknown_hosts outbound.failing_hosts outbound.host_concurrency outbound.host_rate outbound.host_burst outbound.cache outbound.profile_fresh outbound.profile_stale " +
+			"keys.notary_batch keys.notary_parallel keys.notary_wait joins.keep joins.prefetch_keys joins.preflight media.cache_for", ""},
+		{"what is on disk", func(c *Config) {
+			c.Outbound.CacheEntries, c.Outbound.CacheDisk, c.Keys.CacheEntries, c.Keys.CacheDisk = 1000, sched.MiB, 1000, sched.MiB
+			c.Joins.KeepDisk, c.Media.CacheDisk = sched.MiB, sched.MiB
+		}, "", "outbound.cache_entries outbound.cache_disk keys.cache_entries keys.cache_disk joins.keep_disk media.cache_disk"},
+		{"the notary", func(c *Config) {
+			c.Keys.Notary, c.Keys.NotaryName, c.Keys.KeyPath = true, "keys.invalid", "/etc/fsbus/notary.key"
+		}, "", "keys.notary keys.notary_name keys.key_path"},
 		{"both kinds", func(c *Config) {
 			c.LogLevel = "warn"
 			c.Front.Listen = []string{"127.0.0.1:1"}
-			c.Outbound.HostBurst = 3
+			c.Outbound.HostBurst = 5
 		},
 			"log_level outbound.host_burst", "front.listen"},
 		{"more unknown hosts than workers so far", func(c *Config) { c.Outbound.Workers, c.Outbound.UnknownHosts, c.LogLevel = 256, 200, "warn" },
 			"log_level", "outbound.workers outbound.unknown_hosts"},
-		{"more cache than the memory so far", func(c *Config) { c.MemoryLimit, c.Outbound.Cache = 256*sched.MiB, 64*sched.MiB },
-			"", "memory_limit outbound.cache"},
+		{"more cache than the memory so far", func(c *Config) {
+			c.MemoryLimit, c.Outbound.Cache, c.Keys.NotaryBatch, c.Joins.Keep, c.Media.CacheFor = 256*sched.MiB, 64*sched.MiB, 1, 0, 0
+		}, "", "memory_limit outbound.cache keys.notary_batch joins.keep media.cache_for"},
 		{"another secret in the same file", func(c *Config) { c.Front.secret = []byte("fedcba9876543210") }, "", "front.secret_path"},
 		{"another file with the same secret", func(c *Config) { c.Front.SecretPath = "/etc/other" }, "", "front.secret_path"},
 		{"the secret inline", func(c *Config) {
@@ -740,7 +819,11 @@ func FuzzConfig(f *testing.F) {
 				t.Errorf("accepted, but %v is over the limit of %v", b.Memory, b.Limit)
 			}
 			c.Warnings()
-			c.SynapseConfig()
+			if !c.Keys.Notary { // or it would make a key wherever the text says
+				if _, err := c.SynapseConfig(); err != nil {
+					t.Errorf("accepted, but without lines for the homeserver: %v", err)
+				}
+			}
 			c.level()
 			if applied, restart := Changed(c, c); len(applied)+len(restart) > 0 {
 				t.Errorf("differs from itself in %v and %v", applied, restart)

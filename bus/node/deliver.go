@@ -93,7 +93,7 @@ func (n *Node) transact(d *delivery) (*bus.Answered, bus.Done) {
 	var body []byte
 	if err == nil {
 		var letGo func()
-		body, letGo, err = n.takeover.whole(answer, answer.Size())
+		body, letGo, err = n.takeover.bulk.whole(answer, answer.Size())
 		defer letGo()
 	}
 	if resp.StatusCode == http.StatusTooManyRequests {
@@ -121,7 +121,7 @@ func (n *Node) transact(d *delivery) (*bus.Answered, bus.Done) {
 
 // sign returns the Authorization of a transaction.
 func (t *takeover) sign(d *delivery, target string) (string, error) {
-	body, done, err := t.whole(d.txn.body, d.txn.size)
+	body, done, err := t.bulk.whole(d.txn.body, d.txn.size)
 	defer done()
 	if err != nil {
 		return "", err

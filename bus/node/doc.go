@@ -26,8 +26,21 @@
 //  4. A packed transaction lies in the spool until it is settled. A sender signs it
 //     and takes it to its destination (deliver.go).
 //
+// What is used again:
+//
+//  1. An answer that the core keeps (bus.Discard has not come yet) stays where it
+//     is: small ones in memory, large ones in the spool's files. Those that are to
+//     outlive a restart are written with bus.Commit; bus.Load brings one back, and
+//     it is as if its attempt had just ended. Whether an answer is what it should
+//     be is judged before that (answers.go).
+//  2. A query for server keys becomes bus.KeyQuery (keydesk.go). Readers of the
+//     store say what is missing; errands fetch that (errand.go), check it, and
+//     store it; the answer is then put together from the store alone.
+//  3. The answer to a join is looked through while it arrives, by a scanner that
+//     reads the spooled body beside everybody else (scan.go).
+//
 // Of bodies that are so large that they lie on disk, one is in memory at a time
-// where transactions are taken apart or signed (takeover.bulk), and one more where
+// where transactions are taken apart or signed (bulk), and one more where
 // the store packs or loads.
 //
 // Two pools write answers, so that readers that are slow to take a large one

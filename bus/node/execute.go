@@ -9,6 +9,10 @@ import (
 	"fsbus/store"
 )
 
+// smallQuery is for how many keys at most the answer goes the way of small ones: a
+// key object has about one KiB.
+const smallQuery = 20
+
 // held is a request that the core may still refer to: until it is answered or
 // gone, and freed.
 type held struct {
@@ -40,6 +44,10 @@ func (n *Node) perform(e bus.Effect) {
 			d.cancel()
 			break
 		}
+		if w := n.errands[e.Op]; w != nil {
+			w.cancel()
+			break
+		}
 		n.attempts[e.Op].cancel()
 	case bus.Reply:
 		n.reply(e)
@@ -56,10 +64,25 @@ func (n *Node) perform(e bus.Effect) {
 			delete(n.deliveries, e.Op)
 			break
 		}
+		if n.errands[e.Op] != nil {
+			delete(n.errands, e.Op)
+			break
+		}
 		n.attempts[e.Op].body.Release()
 		delete(n.attempts, e.Op)
 	case bus.Commit:
 		n.commit(e)
+	case bus.Load:
+		n.readers.Submit(loadAnswer{e})
+	case bus.LoadKeys:
+		n.readers.Submit(loadKeys{e})
+	case bus.ReplyKeys:
+		job := answer{in: n.ended(e.Req), keys: &e}
+		if len(e.Wants) <= smallQuery {
+			n.small.Submit(job)
+			break
+		}
+		n.large.Submit(job)
 	case bus.Accept:
 		n.accept(e)
 	case bus.Acknowledge:
@@ -100,8 +123,15 @@ func (n *Node) forget(id bus.ReqID, h *held) {
 }
 
 func (n *Node) send(e bus.Send) {
-	if e.Req == 0 {
+	switch {
+	case e.Batch != 0:
 		n.sendPacked(e)
+		return
+	case e.Notary != nil, e.Origin, e.Ahead:
+		w := &errand{send: e}
+		w.ctx, w.cancel = context.WithCancel(context.Background())
+		n.errands[e.Op] = w
+		n.senders.Submit(w)
 		return
 	}
 	a := &attempt{op: e.Op, class: e.Class, in: n.requests[e.Req].in, body: n.spool.New()}
@@ -117,7 +147,7 @@ func (n *Node) reply(e bus.Reply) {
 	a := n.attempts[e.Op]
 	in := n.ended(e.Req)
 	a.body.Retain()
-	job := answer{in: in, from: a, reader: a.body.Reader()}
+	job := answer{in: in, from: a, reader: a.body.Reader(), field: e.Field, source: e.From, age: e.Age}
 	if a.body.Complete() && a.body.Size() <= smallReply || a.size >= 0 && a.size <= smallReply {
 		n.small.Submit(job)
 		return
@@ -125,10 +155,10 @@ func (n *Node) reply(e bus.Reply) {
 	n.large.Submit(job)
 }
 
-// commit writes host records. A store that takes no more is like one that
+// commit writes host records and answers. A store that takes no more is like one that
 // could not write: the core goes on without.
 func (n *Node) commit(e bus.Commit) {
-	batch := &store.Batch{Hosts: toStore(e.Hosts)}
+	batch := &store.Batch{Hosts: toStore(e.Hosts), Answers: n.rowsOf(e.Answers)}
 	n.notable.hosts(e.Hosts)
 	err := n.store.Submit(batch, func(err error) {
 		n.trouble.commit(err)

@@ -20,14 +20,28 @@ func (n *Node) ingest(in *netx.Inbound) {
 		}
 		class = sendClass(in)
 	}
-	n.loop.Post(event{in: in, Event: bus.Arrived{
+	a := bus.Arrived{
 		Req:      bus.ReqID(in.ID),
 		Dest:     in.Destination,
 		Endpoint: ep,
 		Class:    class,
 		Key:      requestKey(in),
 		Received: n.clock.At(in.Received),
-	}})
+		Room:     matrix.RoomID(ep, in.Target),
+	}
+	switch {
+	case n.notary != nil && in.Destination == n.notary.name:
+		n.forNotary(in, a)
+		return
+	case ep.Kind == matrix.AnswerKeyQuery && n.queryKeys(in, a, false):
+		return
+	case ep.Kind == matrix.AnswerProfile:
+		var whole string
+		if a.Field, whole = matrix.ProfileField(in.Target); whole != "" {
+			a.Whole = keyOf(in.Destination, in.Method, whole, in.Sum)
+		}
+	}
+	n.loop.Post(event{in: in, Event: a})
 }
 
 // sendClass looks into a transaction. One that is too large to be in memory
@@ -46,12 +60,16 @@ func sendClass(in *netx.Inbound) matrix.Class {
 // requestKey tells equal requests apart from others. The homeserver signs the
 // same request in the same way, so nothing else distinguishes them.
 func requestKey(in *netx.Inbound) bus.Key {
+	return keyOf(in.Destination, in.Method, in.Target, in.Sum)
+}
+
+func keyOf(dest matrix.ServerName, method, target string, sum [sha256.Size]byte) bus.Key {
 	h := sha256.New()
-	for _, s := range []string{string(in.Destination), in.Method, in.Target} {
+	for _, s := range []string{string(dest), method, target} {
 		h.Write([]byte(s))
 		h.Write([]byte{0})
 	}
-	h.Write(in.Sum[:])
+	h.Write(sum[:])
 	return bus.Key(h.Sum(nil))
 }
 

@@ -115,8 +115,11 @@ func writeMetrics(w io.Writer, r *Report) error {
 	}
 	e.family("fsbus_cache_hits_total", "counter", "Look-ups that a cache answered.")
 	for _, c := range r.Caches {
-		e.sample("fsbus_cache_hits_total", float64(c.Hits), "cache", c.Name)
+		if c.Hits >= 0 {
+			e.sample("fsbus_cache_hits_total", float64(c.Hits), "cache", c.Name)
+		}
 	}
+	e.joins(&r.Joins, &r.Keys)
 
 	e.outbox(r.Outbox)
 
@@ -136,7 +139,7 @@ func writeMetrics(w io.Writer, r *Report) error {
 // counts lists the outcomes in the order in which the page shows them.
 func (r *RequestsReport) counts() []CountReport {
 	return []CountReport{
-		{"answered", r.Answered}, {"shared", r.Shared}, {"cache_hit", r.CacheHits}, {"cache_stale", r.CacheStale},
+		{"answered", r.Answered}, {"shared", r.Shared}, {"cache_hit", r.CacheHits}, {"cache_stale", r.CacheStale}, {"refused_before", r.Refused},
 		{"failed_fast", r.FailedFast}, {"expired", r.Expired}, {"gone", r.Gone}, {"aged", r.Aged},
 		{"refused_4xx", r.Refused4xx}, {"refused_5xx", r.Refused5xx},
 		{"reply_cut", r.RepliesCut}, {"reply_slow", r.RepliesSlow}, {"reply_gone", r.RepliesGone},

@@ -33,6 +33,9 @@ const (
 	largeRepliers = 32
 	// smallReply is what counts as small: it fits the socket's buffer.
 	smallReply = 64 << 10
+	// storeReaders read the store for requests: one would do, if there were no
+	// large queries for keys.
+	storeReaders = 2
 	// eventQueue is how many events wait for the loop before those who post
 	// them do.
 	eventQueue = 1024
@@ -55,17 +58,24 @@ type Node struct {
 	front  *netx.Front
 	notify *netx.Notifier
 
-	senders *sched.Pool[job]
-	small   *sched.Pool[answer]
-	large   *sched.Pool[answer]
+	senders  *sched.Pool[job]
+	small    *sched.Pool[answer]
+	large    *sched.Pool[answer]
+	readers  *sched.Pool[readJob]
+	scanners *sched.Pool[*scan]
 
 	// Of the loop's goroutine.
 	requests   map[bus.ReqID]*held
 	attempts   map[bus.OpID]*attempt
 	packs      map[bus.BatchID]*packed
 	deliveries map[bus.OpID]*delivery
+	errands    map[bus.OpID]*errand
 
+	bulk      bulk
 	takeover  *takeover // nil: there is no outbox
+	notary    *notary   // nil: the bus is none
+	keyCounts keyCounts
+	scanned   scanCounts
 	replies   replyCounts
 	endpoints endpointCounts
 	notable   *notes
@@ -94,13 +104,15 @@ type job interface {
 }
 
 // event is what enters the loop: an event of the core, with another one that
-// follows at once if then is set, and what the core never sees: for an Arrived
-// and an Offered the request itself, for a Packed the transaction.
+// follows at once if then is set, and what the core never sees: for an Arrived, a
+// KeyQuery and an Offered the request itself, for a Packed the transaction, for a
+// Loaded the answer.
 type event struct {
 	bus.Event
 	then   bus.Event
 	in     *netx.Inbound
 	packed *packed
+	loaded *attempt
 }
 
 // machine lets the loop run the core while the node keeps its own books of
@@ -113,6 +125,12 @@ func (m machine) Step(now sched.Time, ev event, out []bus.Effect) []bus.Effect {
 		m.n.requests[e.Req] = &held{in: ev.in}
 	case bus.Offered:
 		m.n.requests[e.Req] = &held{in: ev.in}
+	case bus.KeyQuery:
+		m.n.requests[e.Req] = &held{in: ev.in}
+	case bus.Loaded:
+		if ev.loaded != nil {
+			m.n.attempts[e.Op] = ev.loaded
+		}
 	case bus.Packed:
 		if ev.packed != nil {
 			m.n.packs[e.Batch] = ev.packed
@@ -150,11 +168,12 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 		attempts:   make(map[bus.OpID]*attempt),
 		packs:      make(map[bus.BatchID]*packed),
 		deliveries: make(map[bus.OpID]*delivery),
-		takeover:   newTakeover(cfg),
+		errands:    make(map[bus.OpID]*errand),
 		drained:    make(chan struct{}),
 		notable:    newNotes(log),
 	}
 	n.cfg.Store(cfg)
+	n.takeover = newTakeover(cfg, &n.bulk)
 	defer func() {
 		if err != nil && n.store != nil {
 			n.store.Close(ctx)
@@ -171,8 +190,15 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 
 		MaxDestinations: cfg.Outbox.MaxDestinations, MaxDestItems: cfg.Outbox.MaxDestinationItems, MaxDestBytes: int64(cfg.Outbox.MaxDestinationBytes),
 		MaxItems: cfg.Outbox.MaxItems, MaxFileBytes: int64(cfg.Outbox.MaxDisk),
+
+		// To the store, 0 is its default.
+		MaxAnswers: max(1, cfg.Outbound.CacheEntries), MaxAnswerBytes: max(1, int64(cfg.Outbound.CacheDisk)),
+		MaxKeys: cfg.Keys.CacheEntries, MaxKeyBytes: int64(cfg.Keys.CacheDisk),
 	})
 	if err != nil {
+		return nil, err
+	}
+	if n.notary, err = newNotary(cfg); err != nil { // after the store has made the folder
 		return nil, err
 	}
 	n.spool, err = netx.NewSpool(netx.SpoolConfig{
@@ -226,7 +252,7 @@ func newClient(cfg *Config) (*netx.Client, error) {
 		CAs: roots, Blocklist: block, Static: static,
 		ConnectTimeout: time.Duration(o.ConnectTimeout), HandshakeTimeout: time.Duration(o.TLSTimeout), BodyTimeout: time.Duration(o.BodyTimeout),
 		HandshakesPerSecond: o.HandshakesPerSecond, MaxDNS: o.DNSQueries,
-		MaxIdle: idle, IdleTimeout: time.Duration(o.IdleTimeout), SessionCache: sessions, WellKnownCache: wellKnown,
+		MaxIdle: idle, MaxIdlePerHost: o.HostConcurrency, IdleTimeout: time.Duration(o.IdleTimeout), SessionCache: sessions, WellKnownCache: wellKnown,
 	}), nil
 }
 
@@ -253,11 +279,20 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 		return err
 	}
 
+	answers, notary, err := n.loadKnown(ctx, cfg)
+	if err != nil {
+		return err
+	}
+
 	workers := int(cfg.Outbound.Workers)
 	n.senders = sched.NewPool(workers, workers, func(j job) { j.run(n) }, func(j job, err error) { j.crashed(n, err) })
-	answers := int(cfg.Front.MaxConnections) + smallRepliers
-	n.small = sched.NewPool(smallRepliers, answers, n.write, n.unwritten)
-	n.large = sched.NewPool(largeRepliers, answers, n.write, n.unwritten)
+	replies := int(cfg.Front.MaxConnections) + smallRepliers
+	n.small = sched.NewPool(smallRepliers, replies, n.write, n.unwritten)
+	n.large = sched.NewPool(largeRepliers, replies, n.write, n.unwritten)
+	// One for each request, and for each call that failed, and what scans ask for.
+	reads := int(cfg.Front.MaxConnections) + int(cfg.Outbound.MaxHosts) + maxKeyWants
+	n.readers = sched.NewPool(storeReaders, reads, func(j readJob) { j.run(n) }, func(j readJob, err error) { j.crashed(n, err) })
+	n.scanners = sched.NewPool(scanners, maxScans, func(s *scan) { s.run(n) }, func(s *scan, err error) { s.crashed(n, err) })
 
 	loopCtx, cancelLoop := context.WithCancel(context.Background())
 	defer cancelLoop()
@@ -267,7 +302,7 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 		defer close(looped)
 		n.loop.Run(ctx)
 	})
-	n.loop.Post(event{Event: bus.Restored{Hosts: fromStore(hosts), Queues: queues}})
+	n.loop.Post(event{Event: bus.Restored{Hosts: fromStore(hosts), Queues: queues, Answers: answers, Notary: notary}})
 	for _, ln := range listeners.front {
 		serve(ctx, func(context.Context) {
 			if err := n.front.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
@@ -365,11 +400,14 @@ func (n *Node) stop(page *http.Server, patience time.Duration, stopLoop func()) 
 		for _, d := range n.deliveries {
 			d.cancel()
 		}
+		for _, e := range n.errands {
+			e.cancel()
+		}
 	})
 	stopLoop() // it might give more work to the pools that are closed now
 	closing, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	for _, closed := range []error{n.senders.Close(closing), n.small.Close(ctx), n.large.Close(ctx)} {
+	for _, closed := range []error{n.senders.Close(closing), n.readers.Close(closing), n.scanners.Close(closing), n.small.Close(ctx), n.large.Close(ctx)} {
 		if closed != nil {
 			n.log.Warn("work was still under way at the end of drain_timeout and is dropped")
 			break

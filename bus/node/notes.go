@@ -98,3 +98,12 @@ func (n *notes) reply(in *netx.Inbound, err error) {
 	path, _, _ := strings.Cut(in.Target, "?")
 	n.write(slog.LevelWarn, "answer aborted", slog.String("destination", string(in.Destination)), slog.String("method", in.Method), slog.String("path", path), slog.Any("error", err))
 }
+
+// errand tells of something that the bus asked for itself and did not get.
+func (n *notes) errand(e *errand, done bus.Done) {
+	level := slog.LevelDebug
+	if done.Failure == matrix.FailLocal {
+		level = slog.LevelWarn
+	}
+	n.write(level, "fetching keys failed", slog.String("from", string(e.send.Dest)), slog.Int("keys", len(e.send.Notary)), slog.String("failure", done.Failure.String()), slog.String("detail", done.Detail))
+}

@@ -63,7 +63,7 @@ func (n *Node) accept(e bus.Accept) {
 	op := &store.Accept{
 		Destination: in.Destination, TxnID: strings.TrimPrefix(in.Target, sendPrefix), Accepted: n.clock.Now().Wall(), Bytes: in.Size,
 		Load: func(dst []matrix.Item) ([]matrix.Item, error) {
-			body, done, err := n.takeover.whole(in.Body, in.Size)
+			body, done, err := n.takeover.bulk.whole(in.Body, in.Size)
 			defer done()
 			if err != nil {
 				return dst, err

@@ -58,6 +58,7 @@ func writePage(w io.Writer, r *Report) error {
 	p.end()
 
 	p.outbox(r.Outbox)
+	p.joins(&r.Joins, &r.Keys)
 
 	if len(r.Hosts.Worst) > 0 {
 		p.table("Worst off", "destination", "waiting", "failures", "next try")
@@ -89,7 +90,7 @@ func writePage(w io.Writer, r *Report) error {
 
 	p.table("Caches", "", "entries", "hits", "misses")
 	for _, c := range r.Caches {
-		p.row(c.Name, c.Entries, c.Hits, c.Misses)
+		p.row(c.Name, c.Entries, amount(c.Hits, ""), amount(c.Misses, ""))
 	}
 	p.end()
 	p.f(`<p class="dim">Store: %d commits, last %s, longest %s, %s + %s log. <a href="/status">JSON</a> · <a href="/metrics">metrics</a> · <a href="/health">health</a></p></body></html>`,

@@ -82,6 +82,17 @@ func writeTable(w io.Writer, r *Report) error {
 		}
 	}
 	r.Outbox.table(t)
+	for i := range r.Joins.Joins {
+		j := &r.Joins.Joins[i]
+		fmt.Fprintf(t, "\nJOIN\t%s\t%s\n", j.Room, j.Phase)
+		for _, step := range j.timeline() {
+			fmt.Fprintf(t, "\t%s\n", step)
+		}
+	}
+	fmt.Fprintf(t, "\nSERVER KEYS\tSO FAR\n")
+	for _, c := range r.Keys.counts() {
+		fmt.Fprintf(t, "%s\t%d\n", c.Name, c.Count)
+	}
 	fmt.Fprintf(t, "\nREQUESTS\tSO FAR\n")
 	for _, c := range r.Requests.counts() {
 		fmt.Fprintf(t, "%s\t%d\n", c.Name, c.Count)

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"fsbus/bus"
+	"fsbus/bus/matrix"
 	"fsbus/sched"
 	"fsbus/store"
 )
@@ -44,4 +45,21 @@ func (n *Node) loadQueues(ctx context.Context) (list []bus.QueueRecord, err erro
 		return nil
 	})
 	return list, err
+}
+
+// loadKnown returns the times of the answers that the store has, and the notary
+// that was asked last.
+func (n *Node) loadKnown(ctx context.Context, cfg *Config) (list []bus.AnswerRecord, notary matrix.ServerName, err error) {
+	err = n.store.AnswerIndex(ctx, cfg.Outbound.CacheEntries, func(a store.AnswerInfo) error {
+		list = append(list, bus.AnswerRecord{Key: a.Key, Stored: sched.FromWall(a.Stored), Fresh: sched.FromWall(a.Fresh), Stale: sched.FromWall(a.Stale)})
+		return nil
+	})
+	if err != nil {
+		return nil, "", err
+	}
+	notary, _, err = n.store.LatestVia()
+	if n.notary != nil && notary == n.notary.name {
+		notary = ""
+	}
+	return list, notary, err
 }

@@ -27,6 +27,8 @@ type Report struct {
 	Requests      RequestsReport `json:"requests"`
 	Remotes       RemotesReport  `json:"remotes"`
 	Caches        []CacheReport  `json:"caches"`
+	Keys          KeysReport     `json:"keys"`
+	Joins         JoinsReport    `json:"joins"`
 	Store         StoreReport    `json:"store"`
 	Outbox        *OutboxReport  `json:"outbox,omitempty"` // none without signing_key_path
 	Endpoints     []CountReport  `json:"endpoints"`        // requests so far, by endpoint
@@ -90,11 +92,12 @@ type RequestsReport struct {
 	Answered    int64          `json:"answered"` // with what a remote said
 	Shared      int64          `json:"shared"`   // with a call under way
 	CacheHits   int64          `json:"cache_hits"`
-	CacheStale  int64          `json:"cache_stale"` // an old answer, since the host failed
-	FailedFast  int64          `json:"failed_fast"` // the host is backing off
-	Expired     int64          `json:"expired"`     // the caller's time-out was near
-	Gone        int64          `json:"gone"`        // given up by the homeserver
-	Aged        int64          `json:"aged"`        // let through early for having waited long
+	CacheStale  int64          `json:"cache_stale"`    // an old answer, since the host failed
+	Refused     int64          `json:"refused_before"` // as the remote did a moment ago
+	FailedFast  int64          `json:"failed_fast"`    // the host is backing off
+	Expired     int64          `json:"expired"`        // the caller's time-out was near
+	Gone        int64          `json:"gone"`           // given up by the homeserver
+	Aged        int64          `json:"aged"`           // let through early for having waited long
 	Refused4xx  int64          `json:"refused_4xx"`
 	Refused5xx  int64          `json:"refused_5xx"`
 	RepliesCut  int64          `json:"replies_cut"`
@@ -126,8 +129,8 @@ type CountReport struct {
 type CacheReport struct {
 	Name    string `json:"name"`
 	Entries int64  `json:"entries"`
-	Hits    int64  `json:"hits"`   // look-ups that it answered
-	Misses  int64  `json:"misses"` // those that went further
+	Hits    int64  `json:"hits"`   // look-ups that it answered, -1 if not counted by itself
+	Misses  int64  `json:"misses"` // those that went further, the same
 }
 
 // StoreReport is the database.
@@ -176,10 +179,15 @@ func (n *Node) Report(ctx context.Context) (*Report, error) {
 		Store:   storeReport(db),
 		Outbox:  n.outboxReport(&outbox, db.Outbox.Aside),
 		Caches: []CacheReport{
-			{"answers", int64(snap.CacheEntries), st.CacheHits + st.CacheStale, st.Attempts},
+			{"answers in memory", int64(snap.Cache.Entries), st.CacheHits + st.CacheStale, st.Attempts},
+			{"answers in the database", int64(snap.Known), st.Loads, st.Attempts},
+			{"whole answers to joins", int64(snap.Whole.Entries), -1, -1},
+			{"media", int64(snap.Media.Entries), -1, -1},
+			{"server keys", db.Keys.Rows, st.KeysKnown, st.KeysAsked},
 			{"well-known", int64(client.WellKnownEntries), client.WellKnownHits, client.WellKnownFetches},
 			{"dns", int64(client.DNS.Entries), client.DNS.Hits, client.DNS.Lookups},
 		},
+		Keys: n.keysReport(&snap, db), Joins: n.joinsReport(&snap),
 		RateLimits: RateLimits{cfg.Outbound.HandshakesPerSecond, cfg.Outbound.HostRate, cfg.Outbound.HostConcurrency},
 	}
 	for c := matrix.Class(1); c <= matrix.NumClasses; c++ {
@@ -190,7 +198,7 @@ func (n *Node) Report(ctx context.Context) (*Report, error) {
 		r.Queues = append(r.Queues, q)
 	}
 	r.Requests = RequestsReport{
-		Answered: st.Answered, Shared: st.Shared, CacheHits: st.CacheHits, CacheStale: st.CacheStale, FailedFast: st.FailedFast,
+		Answered: st.Answered, Shared: st.Shared, CacheHits: st.CacheHits, CacheStale: st.CacheStale, Refused: st.RefusedBefore, FailedFast: st.FailedFast,
 		Expired: st.Expired, Gone: st.Gone, Aged: st.Aged, Refused4xx: st.Refused[4], Refused5xx: st.Refused[5],
 		RepliesCut: n.replies.cut.Load(), RepliesSlow: n.replies.slow.Load(), RepliesGone: n.replies.gone.Load(),
 		Front: front.Refused, FrontCut: front.Cut,
@@ -218,7 +226,12 @@ func (n *Node) budgets(cfg *Config, snap *bus.Snapshot, outbox *bus.OutboxSnapsh
 		{"connections to remotes", "count", client.Open, client.PeakOpen, int64(b.Connections)},
 		{"bodies in memory", "bytes", spool.Memory, spool.MaxMemory, int64(cfg.Outbound.SpoolMemory)},
 		{"bodies on disk", "bytes", spool.Disk, spool.MaxDisk, int64(cfg.Outbound.SpoolDisk)},
-		{"cached answers", "bytes", snap.CacheBytes, -1, snap.CacheLimit},
+		{"cached answers", "bytes", snap.Cache.Bytes, -1, snap.Cache.Limit},
+		{"cached answers in the database", "bytes", db.Answers.Bytes, -1, int64(cfg.Outbound.CacheDisk)},
+		{"whole answers to joins", "bytes", snap.Whole.Bytes, -1, snap.Whole.Limit},
+		{"media", "bytes", snap.Media.Bytes, -1, snap.Media.Limit},
+		{"server keys in the database", "bytes", db.Keys.Bytes, -1, int64(cfg.Keys.CacheDisk)},
+		{"server keys looked for", "count", int64(snap.KeysWanted.Used), int64(snap.KeysWanted.Max), int64(snap.KeysWanted.Limit)},
 		{"file descriptors", "count", openFiles(), -1, int64(b.FileDescriptors)},
 	}
 	if o := &cfg.Outbox; n.takeover != nil {

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
-	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -22,9 +21,7 @@ type takeover struct {
 	origin matrix.ServerName
 	keys   atomic.Pointer[Keys]
 
-	// bulk is held while a body that lies on disk is in memory, so that there is
-	// one such at a time.
-	bulk sync.Mutex
+	bulk *bulk
 	seed maphash.Seed
 
 	mu       sync.Mutex
@@ -40,11 +37,11 @@ const (
 	sendPrefix = "/_matrix/federation/v1/send/"
 )
 
-func newTakeover(cfg *Config) *takeover {
+func newTakeover(cfg *Config, b *bulk) *takeover {
 	if !cfg.hasOutbox() {
 		return nil
 	}
-	t := &takeover{origin: cfg.Homeserver.ServerName, seed: maphash.MakeSeed()}
+	t := &takeover{origin: cfg.Homeserver.ServerName, bulk: b, seed: maphash.MakeSeed()}
 	t.keys.Store(cfg.Homeserver.keys)
 	return t
 }
@@ -60,7 +57,7 @@ func (t *takeover) take(in *netx.Inbound) (ev bus.Offered, err error) {
 	if !ok || id == "" || len(id) > store.MaxTxnID || strings.ContainsAny(id, "/?") || in.Body == nil {
 		return ev, fmt.Errorf("%w: an unusual target, or no body", errNotTaken)
 	}
-	body, done, err := t.whole(in.Body, in.Size)
+	body, done, err := t.bulk.whole(in.Body, in.Size)
 	defer done()
 	if err != nil {
 		return ev, fmt.Errorf("%w: %w", errNotTaken, err)
@@ -87,27 +84,6 @@ func (t *takeover) take(in *netx.Inbound) (ev bus.Offered, err error) {
 		return len(ev.Pace.Rooms) < matrix.MaxEDUs
 	})
 	return ev, nil
-}
-
-// whole returns a body in memory. done lets go of it.
-func (t *takeover) whole(b *netx.Body, size int64) (body []byte, done func(), err error) {
-	if body, ok := b.Bytes(); ok {
-		return body, func() {}, nil
-	}
-	t.bulk.Lock()
-	body, err = readBody(b, size)
-	return body, t.bulk.Unlock, err
-}
-
-// readBody reads a complete body into memory.
-func readBody(b *netx.Body, size int64) ([]byte, error) {
-	buf := make([]byte, size)
-	r := b.Reader()
-	defer r.Close()
-	if _, err := io.ReadFull(r, buf); err != nil {
-		return nil, fmt.Errorf("read a body of %d bytes: %w", size, err)
-	}
-	return buf, nil
 }
 
 // verify checks the homeserver's signature: of the first transaction, of one with

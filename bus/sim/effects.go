@@ -1,7 +1,6 @@
 package sim
 
 import (
-	"strings"
 	"time"
 
 	"fsbus/bus"
@@ -28,26 +27,24 @@ func (w *World) do(e bus.Effect) {
 		}
 		w.at(w.between(0, 5*time.Millisecond), func() { w.finish(a, matrix.FailCancelled) })
 	case bus.Reply:
-		a := w.attempt(e.Op, "Reply")
-		if !a.answered || a.dropped {
-			w.failf("Reply to request %d with attempt %d: answered %t, discarded %t", e.Req, e.Op, a.answered, a.dropped)
-		}
-		r := w.reqs[e.Req]
-		if r.Key != a.req.Key {
-			w.failf("request %d is answered with what request %d asked", e.Req, a.req.Req)
-		}
-		if r != a.req && r.Endpoint.Share == matrix.ShareNever {
-			w.failf("request %d (%s) shares attempt %d", e.Req, r.Endpoint.Name, e.Op)
-		}
-		w.endRequest(e.Req, "reply")
-		if strings.HasPrefix(string(r.Key[:]), "healed") {
+		w.reply(e)
+		if w.reqs[e.Req].healed {
 			w.Counts["healed reply"]++
 		}
+	case bus.ReplyKeys:
+		w.replyKeys(e)
+	case bus.Load:
+		w.load(e)
+	case bus.LoadKeys:
+		w.loadKeys(e)
 	case bus.Refuse:
 		if e.Status < 400 || e.Code == "" || e.Text == "" {
 			w.failf("refusal without a reason: %+v", e)
 		}
 		w.endRequest(e.Req, "refuse")
+		if e.Status == 504 {
+			w.again(w.reqs[e.Req])
+		}
 	case bus.Free:
 		r := w.reqs[e.Req]
 		if r == nil || r.freed {
@@ -97,8 +94,10 @@ func (w *World) endRequest(id bus.ReqID, how string) {
 
 func (w *World) commit(e bus.Commit) {
 	ok := w.rng.IntN(20) != 0
+	rows := w.keepable(e.Answers)
 	w.at(w.between(100*time.Microsecond, 30*time.Millisecond), func() {
 		if ok {
+			w.keep(rows)
 			for _, h := range e.Hosts {
 				w.disk[h.Name] = h
 			}
@@ -115,17 +114,27 @@ func (w *World) commit(e bus.Commit) {
 // send starts an attempt and decides what comes of it.
 func (w *World) send(e bus.Send) {
 	r := w.reqs[e.Req]
-	if w.atts[e.Op] != nil || r == nil || r.freed || r.Dest != e.Dest {
+	keys := e.Origin || e.Notary != nil
+	if w.atts[e.Op] != nil || keys && e.Ahead || (keys || e.Ahead) != (e.Req == 0) || e.Req != 0 && (r == nil || r.freed || r.Dest != e.Dest) {
 		w.failf("Send of attempt %d for request %d", e.Op, e.Req)
 	}
 	h := w.byName[e.Dest]
+	a := &attempt{id: e.Op, req: r, host: h}
+	w.atts[e.Op] = a
+	switch {
+	case keys:
+		w.asksKeys(e, a)
+	case e.Ahead:
+		w.Counts["ahead"]++
+		a.ahead = true
+	default:
+		w.Counts["send"]++
+		a.key, a.endpoint = r.Key, r.Endpoint
+	}
 	if h.connected {
 		w.reached(r)
 	}
-	a := &attempt{id: e.Op, req: r, host: h}
-	w.atts[e.Op] = a
-	w.Counts["send"]++
-	w.limits(h, r.Class)
+	w.limits(a, e.Class)
 	h.triedAt = w.now
 
 	open := h.connected
@@ -135,6 +144,10 @@ func (w *World) send(e bus.Send) {
 	}
 	latency := w.between(time.Millisecond, 300*time.Millisecond)
 	body := w.between(time.Millisecond, 2*time.Second)
+	large := a.endpoint != nil && a.endpoint.Whole > 0
+	if large && w.rng.IntN(2) == 0 {
+		body = w.between(time.Second, 3*time.Minute)
+	}
 	does := w.does(h)
 	if open && (does == refuses || does == noName || does == hangs) {
 		w.at(latency, func() { h.connected = false; w.finish(a, matrix.FailReset) })
@@ -160,6 +173,10 @@ func (w *World) send(e bus.Send) {
 			}
 		})
 	}
+	if e.Ahead {
+		w.at(connect, func() { w.finish(a, matrix.FailNone) })
+		return
+	}
 	status, retry := 200, time.Duration(0)
 	switch does {
 	case mute:
@@ -173,18 +190,28 @@ func (w *World) send(e bus.Send) {
 	case gatewayDown:
 		status = 502
 	}
+	code := ""
 	if w.rng.IntN(10) == 0 && status == 200 {
-		status = 404
+		status = []int{404, 404, 400, 500}[w.rng.IntN(4)]
+		code = []string{matrix.MUnableToAuthoriseJoin, matrix.MUnableDueToPartialState, "M_FORBIDDEN"}[w.rng.IntN(3)]
 	}
+	size := int64(w.rng.IntN(20000))
+	if large {
+		size *= 20
+	}
+	a.size, a.total = size, []int64{-1, size}[w.rng.IntN(2)]
 	w.at(connect+latency, func() {
 		if a.done {
 			return
 		}
-		a.answered = true
+		a.answered, a.status, a.headers = true, status, w.now
 		if status != 502 {
 			h.failures = 0
 		}
-		w.step(bus.Answered{Op: a.id, Status: status, RetryAfter: retry})
+		if large {
+			w.body(a, size, body)
+		}
+		w.step(bus.Answered{Op: a.id, Status: status, RetryAfter: retry, Size: a.total, Code: code})
 	})
 	w.at(connect+latency+body, func() {
 		if does == cuts {
@@ -210,6 +237,9 @@ func (w *World) does(h *remote) behaviour {
 
 // reached notes that a remote has seen a request.
 func (w *World) reached(r *request) {
+	if r == nil {
+		return
+	}
 	if r.Endpoint.Once && w.onceSent[r.Req] {
 		w.failf("request %d (%s) reaches the remote twice", r.Req, r.Endpoint.Name)
 	}
@@ -217,15 +247,19 @@ func (w *World) reached(r *request) {
 }
 
 // limits checks what the host may be asked for.
-func (w *World) limits(h *remote, class matrix.Class) {
-	cfg := w.profile.Config
-	h.running++
-	if h.running > int(cfg.HostConcurrency) {
+func (w *World) limits(a *attempt, class matrix.Class) {
+	cfg, h := w.profile.Config, a.host
+	a.class = class
+	if class == matrix.ClassKey { // a remote does not count these
+		if h.keys++; h.keys > int(cfg.Keys.Parallel) {
+			w.failf("%d requests for keys at %s at a time", h.keys, h.name)
+		}
+	} else if h.running++; h.running > int(cfg.HostConcurrency) {
 		w.failf("%d attempts at %s at a time", h.running, h.name)
 	}
 	all := 0
 	for _, o := range w.remotes {
-		all += o.running
+		all += o.running + o.keys
 	}
 	if w.workers = max(w.workers, int(cfg.Workers)); all > w.workers {
 		w.failf("%d attempts at a time, %d workers", all, w.workers)
@@ -237,7 +271,7 @@ func (w *World) limits(h *remote, class matrix.Class) {
 		}
 	}
 	h.sends = recent
-	if class > matrix.ClassEvent { // better ones do not wait for the rate
+	if class > matrix.ClassEvent && class != matrix.ClassKey && !a.ahead { // others do not wait for the rate
 		h.sends = append(recent, w.now)
 	}
 	if most := int(cfg.HostRate) + int(cfg.HostBurst) + 1; len(h.sends) > most {
@@ -274,7 +308,11 @@ func (w *World) finish(a *attempt, f matrix.Failure) {
 	}
 	a.done = true
 	h := a.host
-	h.running--
+	if a.class == matrix.ClassKey {
+		h.keys--
+	} else {
+		h.running--
+	}
 	// In an outage the core may rightly take a connection that hangs for one
 	// that is open and broken, as long as others have worked.
 	if f.NeverConnected() || f == matrix.FailTimeout && (w.out == nil || !w.out.partition) {
@@ -282,7 +320,7 @@ func (w *World) finish(a *attempt, f matrix.Failure) {
 		h.failedAt = w.now
 		h.intent = false
 	}
-	if f == matrix.FailNone && !a.answered {
+	if f == matrix.FailNone && !a.answered && !a.ahead {
 		w.failf("attempt %d ends well without an answer", a.id)
 	}
 	if a.txn != nil {
@@ -290,5 +328,17 @@ func (w *World) finish(a *attempt, f matrix.Failure) {
 		w.step(bus.Done{Op: a.id, Failure: f, Detail: f.String(), Size: 2, Sent: a.sent})
 		return
 	}
-	w.step(bus.Done{Op: a.id, Failure: f, Detail: f.String(), Size: int64(w.rng.IntN(20000)), Kept: f == matrix.FailNone && w.rng.IntN(4) != 0})
+	done := bus.Done{Op: a.id, Failure: f, Detail: f.String(), Size: a.size, Kept: f == matrix.FailNone && a.size < 20000 && w.rng.IntN(4) != 0}
+	switch {
+	case a.ahead:
+	case a.servers != nil:
+		done.Missing = w.hasKeys(a, f == matrix.FailNone && a.status == 200)
+	default:
+		a.whole, a.ended, a.private = f == matrix.FailNone, w.now, w.rng.IntN(10) == 0
+		if a.endpoint.Kind == matrix.AnswerServerKeys && a.status == 200 && w.rng.IntN(4) != 0 {
+			a.said = [2]time.Duration{w.between(time.Second, time.Hour), w.between(0, time.Hour)}
+		}
+		done.Private, done.Fresh, done.Stale = a.private, a.said[0], a.said[1]
+	}
+	w.step(done)
 }

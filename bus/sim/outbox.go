@@ -87,7 +87,7 @@ func (w *World) drawOutbox() {
 // drawOutboxConfig draws limits that are small enough to matter.
 func (w *World) drawOutboxConfig(c *bus.Config) {
 	hosts := w.profile.Hosts
-	c.MaxHosts = c.MaxRequests + 2*int32(c.Workers) + 1 + int32(w.rng.IntN(20))
+	c.MaxHosts = c.MaxRequests + 3*int32(c.Workers) + 5 + int32(w.rng.IntN(20))
 	c.MaxHosts = max(c.MaxHosts, int32(hosts)+1) // one that is forgotten may be tried too early
 	c.Outbox = bus.DefaultOutbox()
 	out := &c.Outbox
@@ -255,7 +255,7 @@ func (w *World) reconfigure() {
 	c.Workers = sched.Slots(8 + w.rng.IntN(20))
 	c.Unknown = 1 + sched.Slots(w.rng.IntN(int(c.Workers)))
 	c.Failing = 1 + sched.Slots(w.rng.IntN(int(c.Workers)))
-	c.MaxHosts = max(c.MaxRequests+2*int32(c.Workers)+1+int32(w.rng.IntN(20)), int32(len(w.remotes))+1)
+	c.MaxHosts = max(c.MaxRequests+3*int32(c.Workers)+5+int32(w.rng.IntN(20)), int32(len(w.remotes))+1)
 	w.drawPace(&c.Outbox.Pace)
 	// What was accepted under the old hold keeps to the longer of both.
 	for _, o := range w.out.offers {
@@ -403,7 +403,7 @@ func (w *World) outboxEffect(e bus.Effect) bool {
 	o := w.out
 	switch e := e.(type) {
 	case bus.Send:
-		if e.Req != 0 {
+		if e.Batch == 0 {
 			return false
 		}
 		w.deliver(e)
@@ -453,7 +453,7 @@ func (w *World) deliver(e bus.Send) {
 	if p.again {
 		w.Counts["same id again"]++
 	}
-	w.limits(h, e.Class)
+	w.limits(a, e.Class)
 	h.triedAt = w.now
 
 	does := w.does(h)

@@ -14,6 +14,15 @@
 //   - no attempt at a failing host before its time, nor before the intent is
 //     on disk;
 //   - what must not be sent twice is not, and what must not be shared is not;
+//   - an answer goes only to who asked for it, or for a field of it; from a cache
+//     only if it is whole, a 200 or 404, and young enough, and an old one only when
+//     its host was not well, or the caller's time is up;
+//   - a large answer is passed on only when all of it is here, or the rest follows,
+//     or its caller will not come again;
+//   - a query for keys is answered once, with what came through the notary that it
+//     names; each server is asked for once at a time, by no more and no larger
+//     batches than may be;
+//   - what is kept is let go once, and what was committed survives a crash;
 //   - all running totals of the core agree with a recount.
 //
 // With an outbox (OutboxProfile) there are also a homeserver that sends
@@ -77,6 +86,8 @@ type remote struct {
 	does      behaviour
 	connected bool
 	running   int
+	keys      int          // requests for keys that run
+	ill       bool         // has ever misbehaved
 	sends     []sched.Time // of the last second
 	triedAt   sched.Time   // of the last attempt
 	failedAt  sched.Time   // of the last attempt that found it dead
@@ -91,19 +102,42 @@ type request struct {
 	ended    bool // answered, refused or gone
 	freed    bool
 	gone     bool
-	key      bus.Key
+	healed   bool  // came when all remotes were well
+	try      int32 // how often its caller has come with it
+	query    bool  // for keys
+	wants    []matrix.KeyWant
 }
 
 type attempt struct {
 	id       bus.OpID
-	req      *request // nil for a delivery
+	req      *request // nil for a delivery, keys, a connection and what was loaded
 	txn      *packed  // of a delivery
 	sent     bool     // some of which may have reached the remote
 	host     *remote
+	class    matrix.Class
 	answered bool
 	done     bool
 	dropped  bool
 	cancel   bool
+
+	// The answer to a request.
+	key      bus.Key
+	endpoint *matrix.Endpoint
+	status   int
+	headers  sched.Time
+	size     int64
+	total    int64 // as the headers say, -1 if they do not
+	arrived  int64 // as the core was told last
+	passed   bool  // before all of it was there
+	whole    bool
+	ended    sched.Time // or was stored as of then
+	private  bool
+	said     [2]time.Duration // how long it is good for, and how long after that
+
+	ahead   bool // only a connection
+	servers []matrix.ServerName
+	via     matrix.ServerName
+	asks    []matrix.KeyWant
 }
 
 // World is one simulated run.
@@ -122,6 +156,8 @@ type World struct {
 	reqs      map[bus.ReqID]*request
 	atts      map[bus.OpID]*attempt
 	disk      map[matrix.ServerName]bus.HostRecord
+	kept      map[bus.Key]kept
+	keys      keyWorld
 	onceSent  map[bus.ReqID]bool
 	lastReq   bus.ReqID
 	drained   bool
@@ -145,7 +181,7 @@ const origin = sched.Time(1_800_000_000_000_000_000)
 func NewWorld(seed uint64, p Profile) *World {
 	h := fnv.New64a()
 	w := &World{seed: seed, profile: p, rng: rand.New(rand.NewPCG(seed, 1)), now: origin, trace: h, hash: h.Sum64,
-		byName: map[matrix.ServerName]*remote{}, disk: map[matrix.ServerName]bus.HostRecord{}, Counts: map[string]int{}}
+		byName: map[matrix.ServerName]*remote{}, disk: map[matrix.ServerName]bus.HostRecord{}, kept: map[bus.Key]kept{}, Counts: map[string]int{}}
 	c := &w.profile.Config
 	if c.Workers == 0 {
 		*c = bus.Default()
@@ -156,10 +192,10 @@ func NewWorld(seed uint64, p Profile) *World {
 		c.HostRate = float64(1 + w.rng.IntN(30))
 		c.HostBurst = 1 + int32(w.rng.IntN(20))
 		c.MaxRequests = int32(20 + w.rng.IntN(300))
-		c.MaxHosts = c.MaxRequests + int32(c.Workers) + 1 + int32(w.rng.IntN(100))
+		c.MaxHosts = c.MaxRequests + 3*int32(c.Workers) + 5 + int32(w.rng.IntN(100))
 		c.MaxHosts += 80 // a host that is forgotten may be tried too early
-		c.CacheEntries = int32(w.rng.IntN(50))
-		c.CacheBytes = sched.Bytes(w.rng.IntN(200)) * sched.KiB
+		w.drawAnswers(c)
+		w.drawKeys(c)
 	}
 	pick := func(v *int, lo, hi int) {
 		if *v == 0 {
@@ -185,6 +221,7 @@ func NewWorld(seed uint64, p Profile) *World {
 		if w.rng.IntN(100) < w.profile.Faulty {
 			r.does = 1 + behaviour(w.rng.IntN(int(numBehaviours)-1))
 		}
+		r.ill = r.does != healthy || w.profile.Outbox != nil // there are outages
 		w.remotes = append(w.remotes, r)
 		w.byName[r.name] = r
 	}
@@ -215,7 +252,7 @@ func (w *World) boot() {
 	w.reqs, w.atts, w.onceSent = map[bus.ReqID]*request{}, map[bus.OpID]*attempt{}, map[bus.ReqID]bool{}
 	w.m = bus.New(w.profile.Config, rand.New(rand.NewPCG(w.seed, uint64(w.epoch))))
 	for _, r := range w.remotes {
-		r.connected, r.running, r.sends, r.intent = false, 0, nil, false
+		r.connected, r.running, r.keys, r.sends, r.intent = false, 0, 0, nil, false
 		// What a failure adds to the intent may not have reached the disk, and
 		// with a full disk not even that.
 		r.failedAt = min(r.failedAt, r.triedAt)
@@ -223,6 +260,7 @@ func (w *World) boot() {
 			r.failures = 0
 		}
 	}
+	w.bootKeys()
 	var queues []bus.QueueRecord
 	if w.out != nil {
 		w.bootOutbox()
@@ -234,7 +272,7 @@ func (w *World) boot() {
 			records = append(records, rec)
 		}
 	}
-	w.step(bus.Restored{Hosts: records, Queues: queues})
+	w.step(bus.Restored{Hosts: records, Queues: queues, Answers: w.records(), Notary: w.remotes[0].name})
 }
 
 // crash loses everything but the disk. The homeserver's connections break.
@@ -264,25 +302,37 @@ func (w *World) arrive() {
 	if w.out != nil && w.deaf() {
 		return
 	}
+	switch n := w.rng.IntN(20); {
+	case n < 2:
+		w.askKeys()
+		return
+	case n < 3:
+		w.seeAhead()
+	}
 	w.lastReq++
 	ep := w.endpoints[w.rng.IntN(len(w.endpoints))]
+	if w.rng.IntN(4) == 0 { // more of what is kept
+		ep = matrix.Match("GET", []string{profilePath, "/_matrix/key/v2/server", "/_matrix/federation/v1/make_join/r/u"}[w.rng.IntN(3)])
+	}
 	host := w.remotes[w.rng.IntN(len(w.remotes))]
 	variant := w.rng.IntN(3)
 	r := &request{Arrived: bus.Arrived{Req: w.lastReq, Dest: host.name, Endpoint: ep, Class: ep.Class, Received: w.now}}
-	copy(r.Key[:], fmt.Sprintf("%s %s %d", host.name, ep.Name, variant))
-	r.deadline = w.now.Add(ep.Timeout)
-	w.reqs[r.Req] = r
-	if w.rng.IntN(20) == 0 {
-		w.at(w.between(0, 15*time.Second), func() {
-			if !r.ended {
-				r.ended, r.gone = true, true
-				w.Counts["gone"]++
-				w.step(bus.Gone{Req: r.Req})
-			}
-		})
+	r.Key = keyOf(host.name, ep.Name, variant)
+	if ep.Join == matrix.JoinSend {
+		r.Key = keyOf(host.name, ep.Name, r.Req) // an event is signed once
 	}
+	if ep.Kind == matrix.AnswerProfile && w.rng.IntN(2) == 0 {
+		r.Whole, r.Field = r.Key, []string{"displayname", "avatar_url"}[w.rng.IntN(2)]
+		r.Key = keyOf(host.name, ep.Name, variant, r.Field)
+	}
+	if ep.Join != 0 {
+		r.Room = fmt.Sprint("!r", variant)
+	}
+	w.begin(r)
 	w.step(r.Arrived)
 }
+
+const profilePath = "/_matrix/federation/v1/query/profile"
 
 // failf ends the run with the seed and what happened last.
 func (w *World) failf(format string, args ...any) {
@@ -302,6 +352,9 @@ func (w *World) note(what string, v any) {
 		line = fmt.Sprintf("%v %s Arrived{%d %s %s class %s}", w.now.Sub(origin), what, a.Req, a.Dest, a.Endpoint.Name, a.Class)
 	}
 	fmt.Fprintln(w.trace, line)
+	if _, ok := v.(bus.Progress); ok {
+		return // they are many
+	}
 	w.recent = append(w.recent, line)
 	if len(w.recent) > 60 {
 		w.recent = w.recent[20:]
@@ -370,8 +423,7 @@ func (w *World) heal() {
 		r.does = healthy
 		w.lastReq++
 		ep := w.endpoints[0]
-		q := &request{Arrived: bus.Arrived{Req: w.lastReq, Dest: r.name, Endpoint: ep, Class: ep.Class}}
-		copy(q.Key[:], fmt.Sprintf("healed %d", i))
+		q := &request{Arrived: bus.Arrived{Req: w.lastReq, Dest: r.name, Endpoint: ep, Class: ep.Class, Key: keyOf("healed", i)}, healed: true}
 		w.at(time.Duration(i)*200*time.Millisecond, func() {
 			q.Received = w.now
 			q.deadline = w.now.Add(ep.Timeout)
@@ -402,6 +454,7 @@ func (w *World) rest() {
 	if !w.drained {
 		w.failf("at rest, but not drained")
 	}
+	w.restAnswers()
 	if w.out != nil {
 		w.restOutbox()
 	}
