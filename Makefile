@@ -60,7 +60,7 @@ crash: ## kill -9 the store's writer, and fsbus with its clients and servers, ag
 	FSBUS_NODE_CRASH_ROUNDS=1000 go test -run KilledAgainAndAgain -count=1 -timeout 60m -v ./bus/node
 
 sim: ## the simulated world, many seeds
-	go test ./bus/sim -count=1 -timeout 60m -seeds 5000
+	go test ./bus/sim -count=1 -timeout 120m -seeds 5000 -outboxseeds 5000
 
 clean:
 	rm -rf fsbus dist .demo

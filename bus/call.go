@@ -67,6 +67,7 @@ type call struct {
 	asked     sched.Time // since when there has been a connection, or might have been
 	status    int        // of the answer
 	held      bool       // the answer is held back until all of it is sure to come
+	passed    sched.Time // when one whose caller could not wait got it nevertheless
 	fallback  bool       // an old answer is better than this one
 	total     int64      // bytes of the answer, -1 if the remote did not say
 	size      int64      // that have arrived

@@ -227,6 +227,7 @@ func (m *Machine) begin(c *call) {
 		m.newestNext = !c.newest
 	}
 	h.waiting[c.class]--
+	h.compact(c.class)
 	// Behind the others of its list: each host has its turn.
 	hosts()
 	h.listed[c.class] = numLanes
@@ -286,7 +287,7 @@ func (m *Machine) transmit(c *call) {
 	c.phase = phaseRunning
 	c.started, c.asked = m.now, m.now
 	c.connected = h.reachable
-	c.held, c.fallback, c.total, c.size = false, false, 0, 0
+	c.held, c.fallback, c.total, c.size, c.passed = false, false, 0, 0, 0
 	if c.lane == laneUnknown {
 		c.timer = m.timers.Set(m.now.Add(patience), timer{call: c})
 	}

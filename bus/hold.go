@@ -5,6 +5,8 @@ import (
 	"maps"
 	"slices"
 	"time"
+
+	"fsbus/sched"
 )
 
 // An answer that its caller wants whole within some time of its headers is held
@@ -64,28 +66,34 @@ func (m *Machine) heldTooLong(r *request) bool {
 		return false
 	}
 	m.detach(r)
+	c.passed = m.now
 	m.stats.Answered++
 	m.joinPassed(c)
 	m.emit(Reply{Req: r.id, Op: c.op, From: c.source(r)})
 	if len(c.waiters) == 0 {
-		m.goesOn(c) // or until it ends: somebody is listening
+		m.goesOn(c)
 	}
 	return true
 }
 
 // goesOn reports whether a call that nobody waits for may still be asked for
-// again, and has it run on.
+// again, or is being listened to, and has it run on.
 func (m *Machine) goesOn(c *call) bool {
-	if c.endpoint.RunOn == 0 || c.cancelled || m.draining {
+	if c.endpoint.RunOn == 0 || c.cancelled {
 		return false
 	}
-	at := c.started.Add(c.endpoint.RunOn)
+	var at sched.Time
+	if !m.draining {
+		at = c.started.Add(c.endpoint.RunOn)
+	}
+	if c.passed != 0 {
+		at = max(at, c.passed.Add(c.endpoint.Whole))
+	}
 	if m.now >= at {
 		return false
 	}
-	if c.expire == nil {
-		c.expire = m.timers.Set(at, timer{call: c, expire: true})
-	}
+	m.timers.Stop(c.expire)
+	c.expire = m.timers.Set(at, timer{call: c, expire: true})
 	return true
 }
 

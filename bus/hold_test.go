@@ -331,3 +331,19 @@ func TestHeldStateRunsOnUntilItsTime(t *testing.T) {
 	r.step(Done{Op: op, Failure: matrix.FailCancelled, Size: 10})
 	r.one("half of it is not kept", slices.Contains(of[Discard](r.last), Discard{op}))
 }
+
+// Somebody who waits keeps a call going past its time; once nobody does, it ends.
+func TestSendJoinPastItsTimeEndsWithItsLastCaller(t *testing.T) {
+	r := newRig(t, unhurried)
+	r.works("h.test")
+	r.all = nil
+	first := r.joins("h.test", "PUT", sendJoin, 0)
+	op := r.sent().Op
+	r.step(Gone{first})
+	r.pass(matrix.Match("PUT", sendJoin).RunOn - 10*time.Second)
+	last := r.joins("h.test", "PUT", sendJoin, 0)
+	r.pass(20 * time.Second)
+	r.one("it goes on", len(of[Cancel](r.all)) == 0)
+	r.step(Gone{last})
+	r.one("until then", reflect.DeepEqual(of[Cancel](r.last), []Cancel{{op}}))
+}

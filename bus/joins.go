@@ -23,6 +23,9 @@ const (
 
 	// maxAhead bounds the servers that wait to be connected to in advance.
 	maxAhead = 4096
+	// aheadAfter is for how long before that no room may have been joined and no
+	// keys asked for: the homeserver has better uses for the processor meanwhile.
+	aheadAfter = 5 * time.Second
 	// aheadAtOnce bounds the attempts at that.
 	aheadAtOnce = 4
 )
@@ -280,6 +283,9 @@ func (m *Machine) serversSeen(ev ServersSeen) {
 // nobody waits for anything else.
 func (m *Machine) goAhead() {
 	j := &m.joins
+	if j.open > 0 || len(m.keys.queries) > 0 {
+		j.connect = max(j.connect, m.now.Add(aheadAfter))
+	}
 	for j.ahead.Len() > 0 && j.aheads < aheadAtOnce && m.cfg.Preflight > 0 && !m.draining {
 		if m.now < j.connect {
 			if j.timer == nil {

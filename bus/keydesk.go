@@ -71,6 +71,7 @@ type keyQuery struct {
 	open    map[*keyFetch]bool
 	loading bool
 	found   bool   // some of it is in the store
+	again   bool   // it is being looked up once more
 	why     string // how a fetch failed
 	timer   *sched.Timer[timer]
 }
@@ -171,12 +172,13 @@ func (m *Machine) keysLoaded(ev KeysLoaded) {
 	if q == nil || !q.loading {
 		panic(fmt.Sprintf("bus: key query %d has been looked up, which is not under way (%d are)", ev.Query, len(d.queries)))
 	}
-	q.loading = false
 	for _, k := range ev.Outdated {
 		m.forget(k)
 	}
-	q.found = len(ev.Missing) < len(q.wants)
-	m.stats.KeysKnown += int64(len(q.wants) - len(ev.Missing))
+	q.found = q.found || len(ev.Missing) < len(q.wants)
+	if !q.again {
+		m.stats.KeysKnown += int64(len(q.wants) - len(ev.Missing))
+	}
 	if q.timer == nil || q.gone() {
 		ev.Missing = nil // its time is up, or nobody waits for it
 	}
@@ -188,6 +190,7 @@ func (m *Machine) keysLoaded(ev KeysLoaded) {
 		m.fetchKeys(q, ev.Missing[:n])
 		ev.Missing = ev.Missing[n:]
 	}
+	q.loading = false // not before: a fetch may fail at once, while others are still to begin
 	m.closeQuery(q)
 }
 
@@ -203,6 +206,9 @@ func (m *Machine) fetchKeys(q *keyQuery, wants []matrix.KeyWant) {
 		return
 	}
 	f := d.fetches[k]
+	if f != nil && (q.open[f] || f.next != nil && q.open[f.next]) {
+		return // looked up once more, it waits for this one still
+	}
 	switch {
 	case f == nil:
 		f = &keyFetch{fetchKey: k, desk: m.notary(k.via), since: m.now}
@@ -278,7 +284,7 @@ func (m *Machine) pump(n *notary) {
 		f, _ := n.waiting.Peek()
 		if len(f.waiters) == 0 { // everyone is gone
 			n.waiting.Pop()
-			m.fetchOver(f)
+			m.fetchOver(f, false)
 			continue
 		}
 		batch, parallel := int(m.cfg.Keys.Batch), m.cfg.Keys.Parallel
@@ -289,6 +295,9 @@ func (m *Machine) pump(n *notary) {
 			return
 		}
 		due := f.since.Add(gather * time.Duration(1+2*n.running))
+		if h := m.hosts[n.name]; h != nil && h.backingOff(m.now) {
+			due = m.now // it comes to nothing, so let that be known at once
+		}
 		if n.waiting.Len() < batch && m.now < due {
 			if n.timer == nil {
 				n.timer = m.timers.Set(due, timer{notary: n})
@@ -313,7 +322,7 @@ func (m *Machine) ask(n *notary, batch int) {
 			break
 		}
 		if len(f.waiters) == 0 {
-			m.fetchOver(f)
+			m.fetchOver(f, false)
 			continue
 		}
 		f.call = c
@@ -331,7 +340,7 @@ func (m *Machine) ask(n *notary, batch int) {
 	}
 	c.host = h
 	if h.backingOff(m.now) || n.name == "" && h.hanging(m.now) {
-		m.keysEnd(c, h.why(m.now))
+		m.keysEnd(c, h.why(m.now), false)
 		return
 	}
 	m.enqueue(c)
@@ -437,7 +446,8 @@ func (m *Machine) keysDone(c *call, ev Done, suspect bool) {
 	if c.desk.name == "" && !ok && ev.Failure != matrix.FailLocal {
 		m.keysMiss(c.fetches[0].fetchKey)
 	}
-	m.keysOver(c, why)
+	m.keysEnd(c, why, ok)
+	m.pump(c.desk)
 	if h.backingOff(m.now) {
 		m.refuseQueue(h)
 	}
@@ -487,25 +497,38 @@ func (m *Machine) keysTried(server matrix.ServerName) bool {
 // keysOver ends a call for keys, and has others take its place; why is how it
 // failed, if it did.
 func (m *Machine) keysOver(c *call, why string) {
-	m.keysEnd(c, why)
+	m.keysEnd(c, why, false)
 	m.pump(c.desk)
 }
 
-func (m *Machine) keysEnd(c *call, why string) {
+func (m *Machine) keysEnd(c *call, why string, came bool) {
 	m.keysRelease(c, why)
 	c.phase = phaseEnded
 	c.desk.running--
 	for _, f := range c.fetches {
 		f.call = nil
-		m.fetchOver(f)
+		m.fetchOver(f, came)
 	}
 }
 
-// fetchOver lets go of a fetch, and has what is wanted beyond it asked for.
-func (m *Machine) fetchOver(f *keyFetch) {
+// fetchOver lets go of a fetch, and has what is wanted beyond it asked for, unless
+// keys came which may be good enough for that, too: most are valid for far longer
+// than is asked for.
+func (m *Machine) fetchOver(f *keyFetch, came bool) {
 	d := &m.keys
+	next := f.next
 	delete(d.fetches, f.fetchKey)
-	if next := f.next; next != nil && len(next.waiters) > 0 {
+	switch {
+	case next == nil || len(next.waiters) == 0:
+	case came:
+		for _, q := range next.waiters {
+			delete(q.open, next)
+			if !q.loading {
+				q.loading, q.again = true, true
+				m.emit(LoadKeys{Query: q.id, Via: q.via, Wants: q.wants})
+			}
+		}
+	default:
 		d.fetches[next.fetchKey] = next
 		next.since = m.now
 		next.desk.waiting.Push(next)
@@ -522,14 +545,19 @@ func (m *Machine) closeQuery(q *keyQuery) {
 
 // keysDue: the query is answered with what there is.
 func (m *Machine) keysDue(q *keyQuery) {
-	if q.loading {
-		// The store takes long. What is there will be seen by ReplyKeys.
-		q.timer = nil
-		q.why = "fsbus: the store is slow"
+	m.dropFetches(q)
+	if !q.loading {
+		m.endQuery(q)
 		return
 	}
-	m.dropFetches(q)
-	m.endQuery(q)
+	// The store takes long, and nobody waits for it any more.
+	q.timer = nil
+	if q.Req != 0 {
+		q.why = "fsbus: the store is slow"
+		q.found = q.found || q.again // some of it came
+		m.answerQuery(q)
+		q.Req = 0
+	}
 }
 
 // dropFetches takes a query off what it waits for.
@@ -560,7 +588,12 @@ func (m *Machine) endQuery(q *keyQuery) {
 		}
 		return
 	}
-	delete(d.byReq, q.Req)
+	m.answerQuery(q)
+}
+
+// answerQuery answers a query of the homeserver with what there is.
+func (m *Machine) answerQuery(q *keyQuery) {
+	delete(m.keys.byReq, q.Req)
 	if !q.found && q.why != "" && !q.own {
 		m.refuseNew(q.Arrived, Refuse{Status: 502, Code: matrix.MUnknown, Text: q.why})
 		return

@@ -195,7 +195,12 @@ func TestWhoWantsMoreThanIsAskedForIsServedNext(t *testing.T) {
 	r.pass(time.Second)
 	r.one("one at a time for a server", len(of[Send](r.all)) == 1)
 	r.keysCame(of[Send](r.all)[0].Op)
+	again := of[LoadKeys](r.last)
 	r.repliedTo("those that are content", a, same)
+	r.one("what came may do for the others", len(again) == 3)
+	for _, look := range again {
+		r.step(KeysLoaded{Query: look.Query, Missing: look.Wants})
+	}
 	r.pass(gather)
 	s := of[Send](r.all)
 	r.one("the others go together", len(s) == 2 && reflect.DeepEqual(s[1].Notary, []matrix.KeyWant{want("s.test", "ed25519:1", 7), want("s.test", "ed25519:2", 1)}))
@@ -327,10 +332,11 @@ func TestQueryIsAnsweredBeforeItsCallerGivesUp(t *testing.T) {
 	r.one("it has time", len(r.replied()) == 0)
 	r.pass(1)
 	r.repliedTo("in time for the caller to ask elsewhere", a)
+	refused := of[Refuse](r.all)
+	r.one("even if the store is late", len(refused) == 1 && refused[0].Req == b && refused[0].Status == 502)
 	r.step(Gone{a})
 	r.step(KeysLoaded{Query: 2, Missing: wants(1, 1)})
-	refused := of[Refuse](r.last)
-	r.one("a store that is late has nothing fetched", len(refused) == 1 && refused[0].Req == b)
+	r.one("which then has nothing fetched", len(r.last) == 0)
 	r.step(Done{Op: op, Failure: matrix.FailCancelled}) // given up after half a minute
 	r.pass(time.Second)
 	r.one("no other was sent", len(of[Send](r.all)) == 1)
@@ -521,6 +527,7 @@ type keyNet struct {
 	most    int
 	sends   int
 	done    map[ReqID]sched.Time
+	newer   bool // later queries want more, so that a server may be asked for again
 }
 
 type keyEvent struct {
@@ -564,7 +571,7 @@ func (k *keyNet) handle() {
 			k.in(k.latency, func() { k.step(Answered{Op: e.Op, Status: 200}) })
 			k.in(k.latency+10*time.Millisecond, func() {
 				for _, w := range e.Notary {
-					if k.stored[w.Server] {
+					if k.stored[w.Server] && !k.newer {
 						k.t.Fatalf("%s is asked for twice", w.Server)
 					}
 					k.stored[w.Server] = true
@@ -583,7 +590,7 @@ func (k *keyNet) handle() {
 			k.t.Fatalf("%+v", e)
 		}
 	}
-	k.all = nil
+	k.all, k.last = nil, nil
 }
 
 func (k *keyNet) run() {
@@ -630,4 +637,257 @@ func TestManyKeyQueriesAreFewRequests(t *testing.T) {
 			t.Errorf("over %s: %d requests, at most %d at a time, done after %s, %d answers, %d servers", over, k.sends, k.most, took, len(k.done), len(k.stored))
 		}
 	}
+}
+
+func TestQueryOfOneOfTwoThatIsGone(t *testing.T) {
+	r := notaryRig(t, nil)
+	a := r.asks("notary.test", wants(0, 2)...)
+	b := r.asks("notary.test", wants(1, 2)...)
+	r.step(Gone{a})
+	r.one("it is freed", reflect.DeepEqual(r.last, []Effect{Free{a}}))
+	r.pass(gather)
+	s := of[Send](r.all)
+	r.one("what the other wants is asked for, and no more", len(s) == 1 && reflect.DeepEqual(s[0].Notary, wants(1, 2)))
+	c := r.asks("notary.test", wants(1, 1)...)
+	r.step(Gone{b})
+	r.keysCame(s[0].Op)
+	r.repliedTo("one who is left while it runs", c)
+	for _, id := range []ReqID{a, b, c} {
+		n := 0
+		for _, f := range of[Free](r.all) {
+			if f.Req == id {
+				n++
+			}
+		}
+		r.one("each is freed once", n == 1)
+	}
+	r.one("nobody is refused", len(of[Refuse](r.all)) == 0)
+}
+
+func TestNotaryThatFailsLeavesWhatIsKnown(t *testing.T) {
+	r := notaryRig(t, nil)
+	for _, status := range []int{400, 404, 500, 502} {
+		r.all = nil
+		part := r.keys("notary.test", wants(0, 2)...)
+		r.looked(wants(0, 1)...)
+		nothing := r.asks("notary.test", wants(0, 1)...)
+		r.pass(time.Second)
+		r.answer(of[Send](r.all)[0].Op, status)
+		refused := of[Refuse](r.last)
+		r.one("nothing is known", len(refused) == 1 && refused[0].Req == nothing && refused[0].Status == 502 && strings.Contains(refused[0].Text, fmt.Sprint(status)))
+		r.repliedTo("something is known", part)
+	}
+}
+
+// How a server fails does not matter: its homeserver is kept from trying the same,
+// unless the fault is ours.
+func TestServerThatFailsIsNotAskedForItsKeysAgain(t *testing.T) {
+	for _, tt := range []struct {
+		what      string
+		status    int // 0: no answer
+		failure   matrix.Failure
+		connected bool
+		again     bool
+	}{
+		{what: "no such path", status: 404},
+		{what: "a front without its server", status: 502},
+		{what: "limited", status: 429},
+		{what: "cut", status: 200, failure: matrix.FailCut},
+		{what: "not JSON", status: 200, failure: matrix.FailContent},
+		{what: "refused", failure: matrix.FailRefused},
+		{what: "never connected", failure: matrix.FailTimeout},
+		{what: "mute", failure: matrix.FailTimeout, connected: true},
+		{what: "our own fault", failure: matrix.FailLocal, again: true},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			r := newRig(t, ownNotary)
+			id := r.asks("own.test", want("s.test", "ed25519:1", 1), want("well.test", "ed25519:1", 1))
+			s := of[Send](r.all)
+			r.one("both are asked", len(s) == 2)
+			if tt.connected || tt.status != 0 {
+				r.step(Connected{s[0].Op})
+			}
+			if tt.status != 0 {
+				r.step(Answered{Op: s[0].Op, Status: tt.status, RetryAfter: time.Hour})
+			}
+			r.step(Done{Op: s[0].Op, Failure: tt.failure})
+			r.one("the other is waited for", len(r.replied()) == 0)
+			r.keysCame(s[1].Op)
+			r.repliedTo("then it is answered", id)
+			id = r.asks("own.test", want("s.test", "ed25519:2", 9))
+			if tt.again {
+				r.one("it is asked again", len(of[Send](r.last)) == 1)
+				return
+			}
+			r.repliedTo("the next at once", id)
+			get := r.get("s.test", "GET", "/_matrix/key/v2/server")
+			refused := of[Refuse](r.last)
+			r.one("and the homeserver's own", len(refused) == 1 && refused[0].Req == get && (refused[0].Status == 502 || refused[0].Status == 429))
+			r.one("with nothing sent", len(of[Send](r.all)) == 2)
+		})
+	}
+}
+
+// Servers that are known to be dead end their part of a query while the rest of it
+// is not asked for yet.
+func TestDeadServerDoesNotEndAQueryForOthers(t *testing.T) {
+	r := newRig(t, ownNotary)
+	r.profile("dead.test", 1)
+	r.step(Done{Op: r.sent().Op, Failure: matrix.FailRefused})
+	r.all = nil
+	id := r.asks("own.test", want("dead.test", "ed25519:1", 1), want("well.test", "ed25519:1", 1))
+	s := of[Send](r.all)
+	r.one("the other is asked", len(s) == 1 && s[0].Dest == "well.test")
+	r.one("and waited for", len(r.replied()) == 0)
+	r.step(Connected{s[0].Op})
+	r.keysCame(s[0].Op)
+	r.repliedTo("then it is answered", id)
+}
+
+func TestDrainingEndsWhenTheLastQueryIsAnswered(t *testing.T) {
+	r := notaryRig(t, nil)
+	r.asks("notary.test", wants(0, 1)...)
+	r.pass(gather)
+	r.keysCame(of[Send](r.all)[0].Op)
+	r.all = nil
+	r.step(KeysSeen{Wants: wants(10, 50)})
+	r.looked(wants(10, 50)...)
+	ahead := r.sent()
+	r.step(KeysSeen{Wants: wants(70, 3)})
+	seen := of[LoadKeys](r.last)[0].Query
+	r.step(KeysSeen{Wants: wants(80, 3)})
+	r.looked(wants(80, 3)...)
+	a := r.keys("notary.test", wants(20, 1)...)
+	query := of[LoadKeys](r.last)[0].Query
+	b := r.asks("notary.test", wants(100, 1)...)
+	r.replied()
+	r.step(Draining{})
+	r.one("what nobody waits for is cut short", reflect.DeepEqual(of[Cancel](r.last), []Cancel{{ahead.Op}}))
+	r.step(Done{Op: ahead.Op, Failure: matrix.FailCancelled})
+	r.step(KeysLoaded{Query: query, Missing: wants(20, 1)})
+	r.pass(time.Second)
+	s := of[Send](r.all)
+	r.one("what somebody waits for is fetched", len(s) == 2 && reflect.DeepEqual(s[1].Notary, []matrix.KeyWant{wants(100, 1)[0], wants(20, 1)[0]}))
+	r.one("and that is waited for", len(of[Drained](r.all)) == 0)
+	r.keysCame(s[1].Op)
+	r.repliedTo("both", b, a)
+	for batch := range r.m.commits {
+		r.step(Committed{Batch: batch, OK: true})
+	}
+	r.one("then it is done", len(of[Drained](r.last)) == 1)
+	r.step(KeysLoaded{Query: seen, Missing: wants(70, 3)})
+	r.pass(time.Minute)
+	r.one("and stays so", len(of[Send](r.all)) == 2 && len(of[Drained](r.all)) == 1)
+	if d := &r.m.keys; len(d.queries)+len(d.fetches)+d.wants+d.ahead != 0 {
+		t.Errorf("%d queries, %d fetches, %d wants, %d ahead are left", len(d.queries), len(d.fetches), d.wants, d.ahead)
+	}
+}
+
+// A front holds back what is above MaxRequests. Those who ask later want a key that
+// is valid for longer, as the events that they are about are newer.
+func TestManyKeyQueriesThroughAFullFront(t *testing.T) {
+	r := notaryRig(t, func(c *Config) { c.MaxRequests = 4200 })
+	r.checkEach = 997
+	k := &keyNet{rig: r, latency: 2 * time.Second, stored: map[matrix.ServerName]bool{}, done: map[ReqID]sched.Time{}, newer: true}
+	const servers, each, limit = 2_000, 5, 4200
+	start := k.now
+	order := rand.New(rand.NewPCG(5, 6)).Perm(servers * each)
+	var held []func()
+	letIn := func() {}
+	letIn = func() {
+		for len(held) > 0 && r.m.waiting() < limit {
+			ask := held[0]
+			held = held[1:]
+			ask()
+			k.handle()
+		}
+		if len(held) > 0 || len(k.done) < len(order) {
+			k.in(5*time.Millisecond, letIn)
+		}
+	}
+	for i, n := range order {
+		k.in(time.Second*time.Duration(i)/time.Duration(len(order)), func() {
+			w := wants(n/each, 1)
+			w[0].MinValid = 1_800_000_000_000 + int64(i)
+			held = append(held, func() { k.keys("notary.test", w...) })
+		})
+	}
+	k.in(0, letIn)
+	k.run()
+	var last sched.Time
+	for _, at := range k.done {
+		last = max(last, at)
+	}
+	took := last.Sub(start)
+	t.Logf("%d requests, at most %d at a time, done after %s", k.sends, k.most, took)
+	if g := r.m.Snapshot(r.now, 0).Requests; g.Max != limit {
+		t.Errorf("%d requests waited at the most, the front was to be full at %d", g.Max, limit)
+	}
+	if k.sends > 60 || took > 15*time.Second || len(k.done) != len(order) || len(k.stored) != servers {
+		t.Errorf("%d requests, done after %s, %d answers, %d servers", k.sends, took, len(k.done), len(k.stored))
+	}
+}
+
+// moreIsWanted has a fetch run for one query while two others wait for more of its
+// server, and one of these for another server, too.
+func moreIsWanted(t *testing.T) (r *rig, a, b, c ReqID, op OpID) {
+	t.Helper()
+	r = notaryRig(t, func(c *Config) { c.Keys.Wait = time.Hour })
+	a = r.asks("notary.test", want("s.test", "ed25519:1", 5))
+	r.pass(gather)
+	op = of[Send](r.all)[0].Op
+	b = r.asks("notary.test", want("s.test", "ed25519:1", 6))
+	c = r.asks("notary.test", want("s.test", "ed25519:1", 7), want("t.test", "ed25519:1", 1))
+	r.pass(time.Second)
+	r.one("the other server is asked for", len(of[Send](r.all)) == 2)
+	return r, a, b, c, op
+}
+
+func TestKeysThatCameMayBeGoodEnoughForWhoWantsMore(t *testing.T) {
+	r, a, b, c, op := moreIsWanted(t)
+	r.keysCame(op)
+	r.repliedTo("who is content", a)
+	looked := of[LoadKeys](r.all)
+	looked = looked[len(looked)-2:]
+	known := r.m.stats.KeysKnown
+	r.step(KeysLoaded{Query: looked[0].Query})
+	r.repliedTo("for whom it is enough", b)
+	r.step(KeysLoaded{Query: looked[1].Query, Missing: looked[1].Wants[1:]})
+	r.one("the other server is waited for", len(r.replied()) == 0)
+	r.pass(time.Second)
+	r.one("and nothing is asked for again", len(of[Send](r.all)) == 2)
+	r.keysCame(of[Send](r.all)[1].Op)
+	r.repliedTo("then it is complete", c)
+	if now := r.m.stats.KeysKnown; now != known {
+		t.Errorf("%d keys count as known which were fetched", now-known)
+	}
+}
+
+func TestWhoWantsMoreIsServedAfterAFailureToo(t *testing.T) {
+	r, a, b, c, op := moreIsWanted(t)
+	r.answer(op, 500)
+	refused := of[Refuse](r.last)
+	r.one("the first has nothing", len(refused) == 1 && refused[0].Req == a)
+	r.pass(gather * 4)
+	s := of[Send](r.all)
+	r.one("no look at the store for nothing", len(s) == 3 && s[2].Notary[0].MinValid == 7 && len(of[LoadKeys](r.all)) == 3)
+	r.keysCame(s[1].Op)
+	r.keysCame(s[2].Op)
+	r.repliedTo("both", b, c)
+}
+
+func TestQueryThatEndsWhileItIsLookedUpAgain(t *testing.T) {
+	r, _, b, c, op := moreIsWanted(t)
+	r.keysCame(op)
+	r.replied()
+	looked := of[LoadKeys](r.last)
+	r.step(Gone{b})
+	r.one("one is gone", reflect.DeepEqual(r.last, []Effect{Free{b}}))
+	r.pass(deadline(Arrived{Received: r.now, Endpoint: keyQueryRow}).Sub(r.now) - keysAnswerBy)
+	r.repliedTo("the other gets what there is when its time is up, though the store is slow", c)
+	for _, look := range looked {
+		r.step(KeysLoaded{Query: look.Query, Missing: look.Wants[:1]})
+	}
+	r.one("once", len(r.replied()) == 0)
+	r.one("and nothing is asked for again", len(of[Send](r.all)) == 2)
 }

@@ -252,7 +252,7 @@ func newClient(cfg *Config) (*netx.Client, error) {
 		CAs: roots, Blocklist: block, Static: static,
 		ConnectTimeout: time.Duration(o.ConnectTimeout), HandshakeTimeout: time.Duration(o.TLSTimeout), BodyTimeout: time.Duration(o.BodyTimeout),
 		HandshakesPerSecond: o.HandshakesPerSecond, MaxDNS: o.DNSQueries,
-		MaxIdle: idle, MaxIdlePerHost: o.HostConcurrency, IdleTimeout: time.Duration(o.IdleTimeout), SessionCache: sessions, WellKnownCache: wellKnown,
+		MaxIdle: idle, MaxIdlePerHost: max(o.HostConcurrency, cfg.Keys.NotaryParallel), IdleTimeout: time.Duration(o.IdleTimeout), SessionCache: sessions, WellKnownCache: wellKnown,
 	}), nil
 }
 

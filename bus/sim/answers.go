@@ -97,11 +97,15 @@ func (w *World) reply(e bus.Reply) {
 	case bus.FromCache:
 		well = a.whole && !a.private && a.isOld(e.Age, age) && e.Age < fresh
 	case bus.FromStale:
-		well = a.whole && !a.private && a.isOld(e.Age, age) && e.Age < fresh+stale && a.status == 200 && (a.host.ill || late)
+		well = a.whole && !a.private && a.isOld(e.Age, age) && e.Age < fresh+stale && a.status == 200 && (w.unwell(a.host, a.endpoint) || late)
 	}
 	if !well {
-		w.failf("request %d gets attempt %d (%s), status %d, private %t, whole %t, %s old, from %s; it is good for %s and %s, and its host %s was ill: %t",
-			e.Req, e.Op, a.endpoint.Name, a.status, a.private, a.whole, e.Age, e.From, fresh, stale, a.host.name, a.host.ill)
+		w.failf("request %d gets attempt %d (%s), status %d, private %t, whole %t, %s old, from %s; it is good for %s and %s, and its host %s is unwell: %t",
+			e.Req, e.Op, a.endpoint.Name, a.status, a.private, a.whole, e.Age, e.From, fresh, stale, a.host.name, w.unwell(a.host, a.endpoint))
+	}
+	w.streams(a, r)
+	if e.From == bus.FromStale && !late {
+		w.Counts["STALE in time"]++
 	}
 }
 
@@ -120,7 +124,7 @@ func (w *World) mayPass(a *attempt, r *request) bool {
 		return true
 	case a.total > 0 && a.arrived > 0:
 		rest := float64(w.now.Sub(a.headers)) / float64(a.arrived) * float64(a.total-a.arrived)
-		a.passed = time.Duration(rest) <= wants
+		a.passed = time.Duration(rest) <= wants/2
 		w.Counts["passed in the middle"]++
 	}
 	if !a.passed && r.deadline.Sub(w.now) <= time.Second {
@@ -148,7 +152,7 @@ func (w *World) load(e bus.Load) {
 			return
 		}
 		a.answered, a.whole, a.status, a.endpoint, a.host, a.said, a.ended = true, true, k.status, k.endpoint, k.host, k.said, k.Stored
-		w.step(bus.Loaded{Op: e.Op, OK: true, Status: k.status, Size: int64(w.rng.IntN(2000))})
+		w.step(bus.Loaded{Op: e.Op, OK: true, Status: k.status, Size: int64(w.rng.IntN(20000))}) // of which some are too large to be kept
 	})
 }
 

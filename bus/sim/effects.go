@@ -21,6 +21,7 @@ func (w *World) do(e bus.Effect) {
 		if a.done || a.cancel {
 			w.failf("Cancel of attempt %d, done %t, cancelled %t", e.Op, a.done, a.cancel)
 		}
+		w.mayCancel(a)
 		a.cancel = true
 		if a.txn != nil && !a.sent {
 			w.Counts["delivery put off"]++
@@ -42,6 +43,7 @@ func (w *World) do(e bus.Effect) {
 			w.failf("refusal without a reason: %+v", e)
 		}
 		w.endRequest(e.Req, "refuse")
+		w.mayRefuse(e, w.reqs[e.Req])
 		if e.Status == 504 {
 			w.again(w.reqs[e.Req])
 		}
@@ -64,6 +66,7 @@ func (w *World) do(e bus.Effect) {
 		if w.out != nil {
 			w.hasDrained()
 		}
+		w.hasEnded()
 	default:
 		w.failf("unknown effect %T", e)
 	}
@@ -119,7 +122,7 @@ func (w *World) send(e bus.Send) {
 		w.failf("Send of attempt %d for request %d", e.Op, e.Req)
 	}
 	h := w.byName[e.Dest]
-	a := &attempt{id: e.Op, req: r, host: h}
+	a := &attempt{id: e.Op, req: r, host: h, sentAt: w.now}
 	w.atts[e.Op] = a
 	switch {
 	case keys:
@@ -147,6 +150,9 @@ func (w *World) send(e bus.Send) {
 	large := a.endpoint != nil && a.endpoint.Whole > 0
 	if large && w.rng.IntN(2) == 0 {
 		body = w.between(time.Second, 3*time.Minute)
+	}
+	if large && w.profile.Lookups && w.rng.IntN(3) == 0 {
+		body = w.between(3*time.Minute, 10*time.Minute)
 	}
 	does := w.does(h)
 	if open && (does == refuses || does == noName || does == hangs) {
@@ -205,6 +211,10 @@ func (w *World) send(e bus.Send) {
 			return
 		}
 		a.answered, a.status, a.headers = true, status, w.now
+		w.heard(h, status != 429 && status != 502)
+		if status == 429 {
+			h.limitedUntil = max(h.limitedUntil, w.now.Add(max(retry, time.Second))) // one that does not say is taken for that
+		}
 		if status != 502 {
 			h.failures = 0
 		}
@@ -271,7 +281,7 @@ func (w *World) limits(a *attempt, class matrix.Class) {
 		}
 	}
 	h.sends = recent
-	if class > matrix.ClassEvent && class != matrix.ClassKey && !a.ahead { // others do not wait for the rate
+	if class > matrix.ClassEvent && class != matrix.ClassKey && a.txn == nil && !a.ahead { // others do not wait for the rate
 		h.sends = append(recent, w.now)
 	}
 	if most := int(cfg.HostRate) + int(cfg.HostBurst) + 1; len(h.sends) > most {
@@ -313,12 +323,16 @@ func (w *World) finish(a *attempt, f matrix.Failure) {
 	} else {
 		h.running--
 	}
-	// In an outage the core may rightly take a connection that hangs for one
-	// that is open and broken, as long as others have worked.
-	if f.NeverConnected() || f == matrix.FailTimeout && (w.out == nil || !w.out.partition) {
+	// In an outage, and of a remote that hangs in turn, the core may rightly take a
+	// connection that hangs for one that is open and broken, as long as others have
+	// worked.
+	if f.NeverConnected() || f == matrix.FailTimeout && (w.out == nil || !w.out.partition) && !w.profile.Lookups {
 		h.failures++
 		h.failedAt = w.now
 		h.intent = false
+	}
+	if f != matrix.FailNone || a.status == 429 || a.status == 502 {
+		w.heard(h, false)
 	}
 	if f == matrix.FailNone && !a.answered && !a.ahead {
 		w.failf("attempt %d ends well without an answer", a.id)

@@ -158,14 +158,15 @@ func (w *World) hasKeys(a *attempt, well bool) (missing []matrix.ServerName) {
 	if a.via != ownName {
 		w.keys.running[a.via]--
 	}
+	w.endsKeys(a)
 	for _, s := range a.servers {
 		delete(w.keys.fetches, keyFetch{a.via, s})
 		switch none := w.rng.IntN(10) == 0; {
 		case !well:
-			a.host.ill = a.host.ill || a.via == ownName // its homeserver's try would come to the same
+			w.noKeys(a) // its homeserver's try would come to the same
 		case none:
 			missing = append(missing, s)
-			a.host.ill = a.host.ill || a.via == ownName
+			w.noKeys(a)
 		case a.via == ownName:
 			for id := range 2 {
 				w.keys.stored[keyID{a.via, s, fmt.Sprint("ed25519:", id)}] = 15
@@ -210,7 +211,7 @@ func (w *World) again(r *request) {
 		return
 	}
 	w.at(w.between(0, 2*time.Second), func() {
-		if w.out != nil && w.deaf() || w.healed {
+		if w.out != nil && w.deaf() || w.healed || w.ending {
 			return
 		}
 		w.lastReq++
@@ -227,6 +228,7 @@ func (w *World) begin(r *request) {
 	r.try = max(r.try, 1)
 	r.deadline = r.Received.Add(r.Endpoint.Timeout)
 	w.reqs[r.Req] = r
+	w.answeredInTime(r)
 	if w.rng.IntN(20) == 0 {
 		w.at(w.between(0, 15*time.Second), func() {
 			if !r.ended {

@@ -552,6 +552,7 @@ func (w *World) handles(a *attempt, does behaviour) {
 		h.failures = 0
 	}
 	a.answered = true
+	w.heard(h, status != 429 && status < 502)
 	w.Counts[fmt.Sprintf("status %d", status)]++
 	w.at(w.between(0, 100*time.Millisecond), func() { w.finish(a, end) })
 	w.step(bus.Answered{Op: a.id, Status: status, RetryAfter: retry})

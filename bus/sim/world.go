@@ -16,9 +16,9 @@
 //   - what must not be sent twice is not, and what must not be shared is not;
 //   - an answer goes only to who asked for it, or for a field of it; from a cache
 //     only if it is whole, a 200 or 404, and young enough, and an old one only when
-//     its host was not well, or the caller's time is up;
+//     its host is not well, or the caller's time is up;
 //   - a large answer is passed on only when all of it is here, or the rest follows,
-//     or its caller will not come again;
+//     or its caller will not come again, and is not broken off before it is read;
 //   - a query for keys is answered once, with what came through the notary that it
 //     names; each server is asked for once at a time, by no more and no larger
 //     batches than may be;
@@ -62,6 +62,7 @@ type Profile struct {
 	Faulty   int            // per cent of the hosts that misbehave
 	Crash    bool           // restart the core in the middle, with what the disk has
 	Outbox   *OutboxProfile // nil: there is none
+	Lookups  bool           // see lookups
 }
 
 // behaviour is what a remote does.
@@ -87,12 +88,12 @@ type remote struct {
 	connected bool
 	running   int
 	keys      int          // requests for keys that run
-	ill       bool         // has ever misbehaved
 	sends     []sched.Time // of the last second
 	triedAt   sched.Time   // of the last attempt
 	failedAt  sched.Time   // of the last attempt that found it dead
 	failures  int
 	intent    bool // an intent for it is on disk and not yet used
+	health
 	txState
 }
 
@@ -126,9 +127,11 @@ type attempt struct {
 	status   int
 	headers  sched.Time
 	size     int64
-	total    int64 // as the headers say, -1 if they do not
-	arrived  int64 // as the core was told last
-	passed   bool  // before all of it was there
+	total    int64      // as the headers say, -1 if they do not
+	arrived  int64      // as the core was told last
+	passed   bool       // before all of it was there
+	streamed sched.Time // to the last who got it before it was whole
+	sentAt   sched.Time
 	whole    bool
 	ended    sched.Time // or was stored as of then
 	private  bool
@@ -172,7 +175,8 @@ type World struct {
 
 	out     *outboxWorld // nil: there is no outbox
 	healed  bool
-	workers int // the most that have been allowed
+	ending  bool // in good order, to start again
+	workers int  // the most that have been allowed
 }
 
 const origin = sched.Time(1_800_000_000_000_000_000)
@@ -196,6 +200,9 @@ func NewWorld(seed uint64, p Profile) *World {
 		c.MaxHosts += 80 // a host that is forgotten may be tried too early
 		w.drawAnswers(c)
 		w.drawKeys(c)
+	}
+	if p.Lookups {
+		w.drawLookups(c)
 	}
 	pick := func(v *int, lo, hi int) {
 		if *v == 0 {
@@ -221,7 +228,6 @@ func NewWorld(seed uint64, p Profile) *World {
 		if w.rng.IntN(100) < w.profile.Faulty {
 			r.does = 1 + behaviour(w.rng.IntN(int(numBehaviours)-1))
 		}
-		r.ill = r.does != healthy || w.profile.Outbox != nil // there are outages
 		w.remotes = append(w.remotes, r)
 		w.byName[r.name] = r
 	}
@@ -238,6 +244,9 @@ func NewWorld(seed uint64, p Profile) *World {
 	if w.out != nil {
 		w.end = w.scheduleOutbox(at)
 		w.future.Set(w.end.Add(time.Minute), w.healOutbox)
+	}
+	if p.Lookups {
+		w.scheduleLookups(at)
 	}
 	if w.profile.Crash {
 		w.future.Set(w.now.Add(time.Duration(w.rng.Int64N(int64(at-w.now)))), w.crash)
@@ -261,6 +270,7 @@ func (w *World) boot() {
 		}
 	}
 	w.bootKeys()
+	w.bootHealth()
 	var queues []bus.QueueRecord
 	if w.out != nil {
 		w.bootOutbox()
@@ -299,7 +309,7 @@ func (w *World) between(lo, hi time.Duration) time.Duration {
 }
 
 func (w *World) arrive() {
-	if w.out != nil && w.deaf() {
+	if w.out != nil && w.deaf() || w.ending {
 		return
 	}
 	switch n := w.rng.IntN(20); {
@@ -313,6 +323,9 @@ func (w *World) arrive() {
 	ep := w.endpoints[w.rng.IntN(len(w.endpoints))]
 	if w.rng.IntN(4) == 0 { // more of what is kept
 		ep = matrix.Match("GET", []string{profilePath, "/_matrix/key/v2/server", "/_matrix/federation/v1/make_join/r/u"}[w.rng.IntN(3)])
+	}
+	if w.profile.Lookups {
+		ep = w.lookup()
 	}
 	host := w.remotes[w.rng.IntN(len(w.remotes))]
 	variant := w.rng.IntN(3)
@@ -455,6 +468,7 @@ func (w *World) rest() {
 		w.failf("at rest, but not drained")
 	}
 	w.restAnswers()
+	w.restLookups()
 	if w.out != nil {
 		w.restOutbox()
 	}
