@@ -6,12 +6,10 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"math"
 	"net"
 	"net/http"
-	"os"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -202,79 +200,12 @@ func (f *Front) readBody(in *Inbound, r *http.Request) error {
 			return errCut
 		}
 	}
-	body, sum := f.cfg.Spool.New(), sha256.New()
-	err := f.copyBody(body, sum, http.MaxBytesReader(nil, r.Body, limit), in.Received.Add(f.cfg.BodyTimeout))
-	body.CloseWrite(err)
-	if in.Size = body.Size(); err != nil || in.Size == 0 { // size 0: chunked, without a chunk
-		body.Release()
-		return err
+	var err error
+	in.Body, in.Sum, err = f.receiver.receive(r.Body, limit, in.Received.Add(f.cfg.BodyTimeout))
+	if in.Body != nil {
+		in.Size = in.Body.Size()
 	}
-	in.Body = body
-	sum.Sum(in.Sum[:0])
-	return nil
-}
-
-// copyBody reads src to its end.
-func (f *Front) copyBody(body *Body, sum hash.Hash, src io.Reader, deadline time.Time) error {
-	buf := getCopyBuf()
-	defer putCopyBuf(buf)
-	for {
-		n, err := src.Read(buf[:])
-		if n > 0 {
-			sum.Write(buf[:n])
-			if err := f.store(body, buf[:n], deadline); err != nil {
-				return err
-			}
-		}
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return bodyError(err)
-		}
-	}
-}
-
-// store writes p to body. While the spool is full it waits: an error would
-// tell Synapse that the remote is down, whereas waiting soon keeps it from
-// sending more, as the number of requests being read is limited.
-func (f *Front) store(body *Body, p []byte, deadline time.Time) error {
-	for {
-		freed := f.cfg.Spool.room()
-		_, err := body.Write(p)
-		switch {
-		case err == nil:
-			return nil
-		case !errors.Is(err, ErrSpoolFull):
-			return f.notStored(err, refuseDisk)
-		}
-		select {
-		case <-freed:
-		case <-time.After(time.Until(deadline)):
-			return f.notStored(err, refuseFull)
-		}
-	}
-}
-
-// notStored logs why a body could not be stored, though not for every request,
-// and returns ref.
-func (f *Front) notStored(err error, ref *refusal) error {
-	f.errorLog.Do(func() { f.cfg.Logger.Error("a request body could not be stored", "err", err) })
-	return ref
-}
-
-// bodyError sorts the errors of net/http's body reader.
-func bodyError(err error) error {
-	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return refuseSize
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return refuseTime
-	}
-	if _, ok := errors.AsType[*net.OpError](err); ok || errors.Is(err, io.ErrUnexpectedEOF) {
-		return errCut
-	}
-	return refuseChunks
+	return err
 }
 
 // refuse answers a request that is not taken, if anybody is there to listen,

@@ -92,13 +92,18 @@ func CAPool(pem []byte) (*x509.CertPool, error) {
 // net/http has two for each HTTP/1 connection, one for each HTTP/2 connection
 // and one for each request on it.
 type Client struct {
-	dialer      *dialer
-	connector   *connector
+	exchange
+	dialer    *dialer
+	connector *connector
+	wellKnown *wellKnown
+	lookup    Lookup
+	dns       *DNS // the Lookup, if it is one
+}
+
+// exchange sends requests on the connections of a pool.
+type exchange struct {
 	pool        *pool
-	wellKnown   *wellKnown
-	lookup      Lookup
-	dns         *DNS // the Lookup, if it is one
-	bodyTimeout time.Duration
+	bodyTimeout time.Duration // how long a Read of an answer's body waits
 }
 
 // NewClient returns a Client with empty caches.
@@ -150,13 +155,15 @@ func NewClient(c ClientConfig) *Client {
 	fetcher := &wellKnownFetcher{open: connector.open, now: c.Now, userAgent: c.UserAgent}
 	dns, _ := c.Lookup.(*DNS)
 	return &Client{
-		dialer:      d,
-		connector:   connector,
-		pool:        newPool(max(c.MaxIdle, 0), max(c.MaxIdlePerHost, 0), c.IdleTimeout),
-		wellKnown:   newWellKnown(c.WellKnownCache, c.Now, random, fetcher.fetch),
-		lookup:      staticLookup{c.Lookup, c.Static},
-		dns:         dns,
-		bodyTimeout: c.BodyTimeout,
+		exchange: exchange{
+			pool:        newPool(max(c.MaxIdle, 0), max(c.MaxIdlePerHost, 0), c.IdleTimeout),
+			bodyTimeout: c.BodyTimeout,
+		},
+		dialer:    d,
+		connector: connector,
+		wellKnown: newWellKnown(c.WellKnownCache, c.Now, random, fetcher.fetch),
+		lookup:    staticLookup{c.Lookup, c.Static},
+		dns:       dns,
 	}
 }
 
@@ -286,7 +293,7 @@ func (c *Client) connect(ctx context.Context, route *Route, key poolKey) (*poolC
 
 // send sends req on conn, which has a place reserved for it. again reports
 // that it failed before the remote said anything, with ctx and body unharmed.
-func (c *Client) send(ctx context.Context, conn *poolConn, req *http.Request, body *requestBody) (resp *http.Response, again bool, err error) {
+func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, body *requestBody) (resp *http.Response, again bool, err error) {
 	var answered atomic.Bool
 	sendCtx, cancel := context.WithCancelCause(ctx)
 	req = req.WithContext(httptrace.WithClientTrace(sendCtx, &httptrace.ClientTrace{
@@ -310,13 +317,13 @@ func (c *Client) send(ctx context.Context, conn *poolConn, req *http.Request, bo
 		// An HTTP/2 connection outlives a request that was our own fault. One
 		// on which no answer came is suspect: a remote that went away leaves it
 		// looking sound.
-		c.pool.put(conn, conn.http2 && e.Failure == matrix.FailLocal)
+		x.pool.put(conn, conn.http2 && e.Failure == matrix.FailLocal)
 		again = !answered.Load() && ctx.Err() == nil && e.Failure != matrix.FailLocal
 		return nil, again, e
 	}
-	resp.Body = newAnswerBody(ctx, sendCtx, cancel, resp.Body, c.bodyTimeout, func(err error) {
+	resp.Body = newAnswerBody(ctx, sendCtx, cancel, resp.Body, x.bodyTimeout, func(err error) {
 		_ = body.Close()
-		c.pool.put(conn, err == nil)
+		x.pool.put(conn, err == nil)
 	})
 	return resp, false, nil
 }

@@ -33,6 +33,17 @@
 // block-list of private addresses at the moment of dialling, and sends requests
 // whose path, query, header and body are what the homeserver signed.
 //
+// [Client.Connect] only makes a connection, for a request that is to come.
+//
+// # Inbound: from the federation
+//
+// An [Edge] accepts what other servers send to the homeserver, with TLS
+// ([Certificates]) or behind a proxy. Anybody may connect, so each connection,
+// header, body and stream has a bound in number, size and time, and what is
+// refused is refused before the body is read where that can be. A request keeps
+// net/http's goroutine until it is answered. An [Upstream] carries it to the
+// homeserver's own federation listener, byte for byte.
+//
 // # Duties of the caller
 //
 //  1. Answer every Inbound that Handle got, with Reply, Stream or Abort, unless

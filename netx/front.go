@@ -132,6 +132,7 @@ type Front struct {
 	gate     *gate
 	lastID   atomic.Uint64
 	errorLog rate.Sometimes
+	receiver receiver
 	readers  chan net.Conn // to a goroutine that waits for its next connection
 	quit     chan struct{} // closed when none comes any more
 	quitOnce func()
@@ -192,6 +193,7 @@ func NewFront(c FrontConfig) *Front {
 		reading:   map[net.Conn]struct{}{},
 		stats:     FrontStats{Refused: map[int]uint64{}},
 	}
+	f.receiver = receiver{c.Spool, c.Logger, &f.errorLog}
 	f.cfg.Secret = nil // its digest is all that is needed
 	f.quitOnce = sync.OnceFunc(func() { close(f.quit) })
 	return f

@@ -1,0 +1,279 @@
+package netx
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// ErrCertificateExpired is wrapped by the error for a certificate that is not
+// valid any more.
+var ErrCertificateExpired = errors.New("the certificate has expired")
+
+const (
+	certificateInterval       = 10 * time.Second // between two looks at the files
+	maxCertificateFile  int64 = 1 << 20          // a chain has some KiB
+)
+
+// CertificatesConfig configures Certificates. CertFile and KeyFile are required.
+type CertificatesConfig struct {
+	// CertFile holds the server's certificate and behind it those that lead to
+	// its authority, as PEM. KeyFile holds its private key, as PEM, not
+	// encrypted.
+	CertFile, KeyFile string
+	// Logger is told of a new pair and, once for each state of the files, of one
+	// that cannot be used. nil discards it.
+	Logger *slog.Logger
+	// Now is the clock. nil means time.Now.
+	Now func() time.Time
+}
+
+// Certificates serves a certificate and its key from two files, and takes over
+// new ones when the files change: at a handshake, at most every 10 s, and with
+// Reload. A pair that cannot be used, such as one of which only one file has
+// been renewed yet, leaves the one in use as it is. All methods may be called
+// concurrently.
+type Certificates struct {
+	cfg     CertificatesConfig
+	current atomic.Pointer[certificatePair]
+
+	mu      sync.Mutex
+	next    time.Time    // when the files are looked at again
+	seen    [2]fileState // of the last attempt
+	problem string       // why that one failed
+}
+
+type certificatePair struct {
+	tls    tls.Certificate
+	loaded time.Time
+}
+
+// CertificateInfo describes the certificate in use.
+type CertificateInfo struct {
+	Names               []string // DNS names and IP addresses
+	NotBefore, NotAfter time.Time
+	Loaded              time.Time
+	Problem             string // why what the files hold now is not in use; "" if it is
+}
+
+// LoadCertificates reads the files. The error names the file and what is wrong
+// with it. A certificate that is not valid yet is taken and logged: the clock of
+// a small computer may be behind when it starts.
+func LoadCertificates(c CertificatesConfig) (*Certificates, error) {
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	cs := &Certificates{cfg: c}
+	if err := cs.Reload(); err != nil {
+		return nil, err
+	}
+	return cs, nil
+}
+
+// Config returns a new server's configuration: these certificates and TLS 1.2
+// or later.
+func (cs *Certificates) Config() *tls.Config {
+	return &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cs.GetCertificate}
+}
+
+// GetCertificate is for tls.Config. It never fails.
+func (cs *Certificates) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	// One handshake looks at the files; the others go on with what there is.
+	if cs.mu.TryLock() {
+		if now := cs.cfg.Now(); !now.Before(cs.next) {
+			cs.next = now.Add(certificateInterval)
+			if cs.changedLocked() {
+				_ = cs.loadLocked() // which logs it
+			}
+		}
+		cs.mu.Unlock()
+	}
+	return &cs.current.Load().tls, nil
+}
+
+// Reload reads the files now. After an error the pair in use stays in use.
+func (cs *Certificates) Reload() error {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	cs.changedLocked()
+	cs.next = cs.cfg.Now().Add(certificateInterval)
+	return cs.loadLocked()
+}
+
+// Info describes the certificate in use.
+func (cs *Certificates) Info() CertificateInfo {
+	cs.mu.Lock()
+	problem := cs.problem
+	cs.mu.Unlock()
+	pair := cs.current.Load()
+	leaf := pair.tls.Leaf
+	info := CertificateInfo{
+		Names:     slices.Clone(leaf.DNSNames),
+		NotBefore: leaf.NotBefore,
+		NotAfter:  leaf.NotAfter,
+		Loaded:    pair.loaded,
+		Problem:   problem,
+	}
+	for _, ip := range leaf.IPAddresses {
+		info.Names = append(info.Names, ip.String())
+	}
+	return info
+}
+
+// fileState is what tells a file from its successor.
+type fileState struct {
+	info os.FileInfo // nil if there is none
+}
+
+func (s fileState) same(o fileState) bool {
+	if s.info == nil || o.info == nil {
+		return s.info == nil && o.info == nil
+	}
+	return s.info.Size() == o.info.Size() && s.info.ModTime().Equal(o.info.ModTime()) && os.SameFile(s.info, o.info)
+}
+
+// changedLocked notes the files' state, and reports whether it is another one
+// than at the last attempt. It comes before the reading, so that a change in
+// between is seen as one the next time.
+func (cs *Certificates) changedLocked() bool {
+	changed := false
+	for i, name := range []string{cs.cfg.CertFile, cs.cfg.KeyFile} {
+		info, err := os.Stat(name)
+		if err != nil {
+			info = nil
+		}
+		state := fileState{info}
+		changed = changed || !state.same(cs.seen[i])
+		cs.seen[i] = state
+	}
+	return changed
+}
+
+// loadLocked reads the files and takes the pair over.
+func (cs *Certificates) loadLocked() error {
+	now := cs.cfg.Now()
+	cert, err := readPair(cs.cfg.CertFile, cs.cfg.KeyFile, now)
+	if err != nil {
+		if cs.current.Load() != nil && cs.problem != err.Error() {
+			cs.cfg.Logger.Error("the new TLS certificate cannot be used, the old one stays", "err", err)
+		}
+		cs.problem = err.Error()
+		return err
+	}
+	cs.problem = ""
+	leaf := cert.Leaf
+	if now.Before(leaf.NotBefore) {
+		cs.cfg.Logger.Warn("the TLS certificate is not valid yet", "from", leaf.NotBefore)
+	}
+	old := cs.current.Swap(&certificatePair{tls: *cert, loaded: now})
+	if old != nil && !old.tls.Leaf.Equal(leaf) {
+		cs.cfg.Logger.Info("a new TLS certificate is in use", "until", leaf.NotAfter)
+	}
+	return nil
+}
+
+// readPair reads a certificate and its key. Its errors name the file.
+func readPair(certFile, keyFile string, now time.Time) (*tls.Certificate, error) {
+	certPEM, err := readPEM(certFile)
+	if err != nil {
+		return nil, fmt.Errorf("TLS certificate: %w", err)
+	}
+	keyPEM, err := readPEM(keyFile)
+	if err != nil {
+		return nil, fmt.Errorf("TLS private key: %w", err)
+	}
+	chain, err := parseChain(certPEM)
+	if err != nil {
+		return nil, fmt.Errorf("TLS certificate: %s: %w", certFile, err)
+	}
+	if err := checkKey(keyPEM); err != nil {
+		return nil, fmt.Errorf("TLS private key: %s: %w", keyFile, err)
+	}
+	if leaf := chain[0]; now.After(leaf.NotAfter) {
+		return nil, fmt.Errorf("TLS certificate: %s: %w on %s", certFile, ErrCertificateExpired, leaf.NotAfter.UTC().Format(time.DateTime))
+	}
+	cert, err := tls.X509KeyPair(certPEM, keyPEM)
+	if err != nil {
+		for i, c := range chain[1:] {
+			alone := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})
+			if _, err := tls.X509KeyPair(alone, keyPEM); err == nil {
+				return nil, fmt.Errorf("TLS certificate: %s: the key in %s is that of certificate %d, which must come first", certFile, keyFile, i+2)
+			}
+		}
+		return nil, fmt.Errorf("TLS private key: %s: does not fit the certificate in %s: %w", keyFile, certFile, err)
+	}
+	return &cert, nil
+}
+
+// readPEM reads a file that can be no longer than a chain of certificates.
+func readPEM(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err // it names the file
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxCertificateFile+1))
+	switch {
+	case err != nil:
+		return nil, err
+	case int64(len(data)) > maxCertificateFile:
+		return nil, fmt.Errorf("%s: longer than %d bytes", name, maxCertificateFile)
+	}
+	return data, nil
+}
+
+// parseChain returns the certificates of a PEM file, at least one.
+func parseChain(data []byte) ([]*x509.Certificate, error) {
+	var chain []*x509.Certificate
+	other := ""
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type != "CERTIFICATE" {
+			other = block.Type
+			continue
+		}
+		c, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("certificate %d: %w", len(chain)+1, err)
+		}
+		chain = append(chain, c)
+	}
+	switch {
+	case len(chain) > 0:
+		return chain, nil
+	case other != "":
+		return nil, fmt.Errorf("no certificate in it, but a %s", other)
+	}
+	return nil, errors.New("no PEM certificate in it")
+}
+
+// checkKey tells what is wrong with a key file before crypto/tls says that it
+// found none.
+func checkKey(data []byte) error {
+	other := ""
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		switch {
+		case block.Type == "ENCRYPTED PRIVATE KEY", strings.Contains(block.Headers["Proc-Type"], "ENCRYPTED"):
+			return errors.New("the key is encrypted; a key without a passphrase is needed")
+		case strings.HasSuffix(block.Type, "PRIVATE KEY"):
+			return nil
+		}
+		other = block.Type
+	}
+	if other != "" {
+		return fmt.Errorf("no private key in it, but a %s", other)
+	}
+	return errors.New("no PEM private key in it")
+}

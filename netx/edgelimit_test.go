@@ -1,0 +1,520 @@
+package netx
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// pipeListener hands out the ends of pipes, for tests with a clock of their own.
+type pipeListener struct {
+	conns chan net.Conn
+	done  chan struct{}
+	once  func()
+}
+
+func newPipeListener() *pipeListener {
+	l := &pipeListener{conns: make(chan net.Conn), done: make(chan struct{})}
+	l.once = sync.OnceFunc(func() { close(l.done) })
+	return l
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error   { l.once(); return nil }
+func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Name: "pipe", Net: "unix"} }
+
+func (l *pipeListener) dial() net.Conn {
+	client, server := net.Pipe()
+	l.conns <- server
+	return client
+}
+
+// trickle sends s and then a byte a second for as long as they are taken. It
+// returns how long that was.
+func trickle(c net.Conn, s, drop string) time.Duration {
+	start := time.Now()
+	_, err := io.WriteString(c, s)
+	for err == nil {
+		time.Sleep(time.Second)
+		_, err = io.WriteString(c, drop)
+	}
+	return time.Since(start)
+}
+
+func within2s(got, want time.Duration) bool { return got >= want && got <= want+2*time.Second }
+
+// Clients that are slow on purpose lose their connection when the time-outs say
+// so, whatever they send meanwhile.
+func TestEdgeSlowClients(t *testing.T) {
+	certs := testCertificates(t)
+	for _, test := range []struct {
+		name   string
+		tls    bool
+		run    func(t *testing.T, et *edgeTest, dial func() net.Conn) time.Duration
+		want   time.Duration
+		status int // of the answer
+	}{
+		{name: "silence", want: defaultHeaderTimeout, run: func(t *testing.T, et *edgeTest, dial func() net.Conn) time.Duration {
+			start := time.Now()
+			io.Copy(io.Discard, dial())
+			return time.Since(start)
+		}},
+		{name: "slow header", want: defaultHeaderTimeout, run: func(t *testing.T, et *edgeTest, dial func() net.Conn) time.Duration {
+			return trickle(dial(), "GET /x HTTP/1.1\r\nHost: h\r\nX: ", "x")
+		}},
+		{name: "slow second header", want: defaultHeaderTimeout, run: func(t *testing.T, et *edgeTest, dial func() net.Conn) time.Duration {
+			c := dial()
+			io.WriteString(c, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+			reply1 := make(chan *EdgeRequest, 1)
+			go func() { q := <-et.requests; reply1 <- q; reply(q) }()
+			readReply(t, bufio.NewReader(c), "GET")
+			<-reply1
+			time.Sleep(defaultEdgeIdleTimeout / 2)
+			go io.Copy(io.Discard, c) // net/http answers a line that does not end with 400
+			return trickle(c, "GET /", "x")
+		}},
+		{name: "idle", want: defaultEdgeIdleTimeout, run: func(t *testing.T, et *edgeTest, dial func() net.Conn) time.Duration {
+			c := dial()
+			io.WriteString(c, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+			go func() { reply(<-et.requests) }()
+			readReply(t, bufio.NewReader(c), "GET")
+			start := time.Now()
+			io.Copy(io.Discard, c)
+			return time.Since(start)
+		}},
+		{name: "slow body", want: defaultBodyTimeout, status: 408, run: slowBody("PUT /x HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000\r\n\r\n", "x")},
+		{name: "slow chunks", want: defaultBodyTimeout, status: 408, run: slowBody("PUT /x HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n", "1\r\nx\r\n")},
+		{name: "slow handshake", tls: true, want: defaultHeaderTimeout, run: func(t *testing.T, et *edgeTest, dial func() net.Conn) time.Duration {
+			return trickle(dial(), "\x16\x03\x01\x02\x00\x01", "\x00")
+		}},
+		{name: "slow HTTP/2 header", tls: true, want: defaultEdgeIdleTimeout, run: func(t *testing.T, et *edgeTest, dial func() net.Conn) time.Duration {
+			c := tls.Client(dial(), clientTLS("h2"))
+			go io.Copy(io.Discard, c)
+			h := newH2Client(c)
+			h.frame(h2Headers, 0, 1, hpack(":method", "GET"))
+			return trickle(c, "", string([]byte{0, 0, 0, h2Continuation, 0, 0, 0, 0, 1}))
+		}},
+		{name: "slow HTTP/2 body", tls: true, want: defaultBodyTimeout, status: 408, run: func(t *testing.T, et *edgeTest, dial func() net.Conn) time.Duration {
+			c := tls.Client(dial(), clientTLS("h2"))
+			h := newH2Client(c)
+			start := time.Now()
+			h.headers(1, false, "PUT", "/x")
+			go trickle(c, "", string([]byte{0, 0, 1, h2Data, 0, 0, 0, 0, 1, 'x'}))
+			if _, _, err := h.until(h2Headers); err != nil {
+				t.Error(err)
+			}
+			took := time.Since(start)
+			c.Close()
+			return took
+		}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				et := newEdge(t, func(c *EdgeConfig) {
+					if test.tls {
+						c.TLS = certs
+					}
+				})
+				ln := newPipeListener()
+				et.serveListener(ln)
+				took := test.run(t, et, ln.dial)
+				if !within2s(took, test.want) {
+					t.Errorf("it took %v instead of %v", took, test.want)
+				}
+				time.Sleep(5 * time.Second) // what net/http gives connections to end
+				synctest.Wait()
+				s := et.Stats()
+				if s.Open != 1 || s.Held != 0 || s.Reading != 0 || test.status != 0 && s.Refused[test.status] != 1 {
+					t.Errorf("%+v", s)
+				}
+				et.close()
+				et.checkSpool()
+			})
+		})
+	}
+}
+
+func slowBody(head, drop string) func(*testing.T, *edgeTest, func() net.Conn) time.Duration {
+	return func(t *testing.T, et *edgeTest, dial func() net.Conn) time.Duration {
+		c := dial()
+		start := time.Now()
+		go trickle(c, head, drop)
+		res, _ := readReply(t, bufio.NewReader(c), "PUT")
+		took := time.Since(start)
+		if res.StatusCode != 408 || !res.Close {
+			t.Errorf("%v", res)
+		}
+		c.Close()
+		return took
+	}
+}
+
+// One client that sends its bodies slowly has a quarter of the places, and the
+// others do not notice.
+func TestEdgeReadingIsShared(t *testing.T) {
+	et := newEdgeTest(t, "unix", func(c *EdgeConfig) {
+		c.MaxReading = 8
+		c.Handle = reply
+	})
+	const slow = 20
+	for range slow {
+		write(t, et.dial(), "PUT /slow HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 203.0.113.1\r\nContent-Length: 9\r\n\r\n{")
+	}
+	eventually(t, "all are held", func() bool { return et.Stats().Held == slow })
+	for i := range 5 {
+		c := et.dial()
+		write(t, c, fmt.Sprintf("PUT /x HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 203.0.113.%d\r\nContent-Length: 2\r\n\r\n{}", i+2))
+		if res, _ := readReply(t, bufio.NewReader(c), "PUT"); res.StatusCode != 200 {
+			t.Fatal(res.Status)
+		}
+	}
+	if s := et.Stats(); s.Reading != 2 || s.MaxReading != 3 {
+		t.Errorf("%+v", s)
+	}
+}
+
+func TestFairSlots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("203.0.113.2")
+		s := newFairSlots(8)
+		soon := time.Now().Add(time.Minute)
+		acquire := func(ctx context.Context, key netip.Addr) <-chan error {
+			done := make(chan error, 1)
+			go func() { done <- s.acquire(ctx, key, soon) }()
+			synctest.Wait()
+			return done
+		}
+		got := func(c <-chan error) bool {
+			select {
+			case err := <-c:
+				if err != nil {
+					t.Error(err)
+				}
+				return true
+			default:
+				return false
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		if !got(acquire(ctx, a)) || !got(acquire(ctx, a)) {
+			t.Fatal("a has no share")
+		}
+		third := acquire(ctx, a)
+		given := acquire(ctx, a)
+		if got(third) || got(given) || !got(acquire(ctx, b)) {
+			t.Fatal("a has more than its share, or b has to wait for it")
+		}
+		for range 5 {
+			if !got(acquire(ctx, netip.Addr{})) {
+				t.Fatal("the nameless have a share")
+			}
+		}
+		late := acquire(t.Context(), b)
+		if got(late) {
+			t.Fatal("more slots than there are")
+		}
+		cancel()
+		synctest.Wait()
+		if err := <-third; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+		if err := <-given; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+		s.release(a)
+		synctest.Wait()
+		if !got(late) {
+			t.Error("b does not get what is free")
+		}
+		last := acquire(t.Context(), b)
+		start := time.Now()
+		if err := <-last; err != errNoSlot || time.Since(start) != time.Minute {
+			t.Errorf("%v after %v", err, time.Since(start))
+		}
+		if s.used != 8 || s.most != 8 || s.waiting.Len() != 0 {
+			t.Errorf("%d %d %d", s.used, s.most, s.waiting.Len())
+		}
+		for _, key := range []netip.Addr{a, b, b, {}, {}, {}, {}, {}} {
+			s.release(key)
+		}
+		if s.used != 0 || len(s.by) != 0 {
+			t.Errorf("%d %v", s.used, s.by)
+		}
+	})
+}
+
+// get does one request on a connection that stays open.
+func getOn(t testing.TB, c net.Conn) {
+	t.Helper()
+	write(t, c, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+	if res, _ := readReply(t, bufio.NewReader(c), "GET"); res.StatusCode != 200 {
+		t.Fatal(res.Status)
+	}
+}
+
+func closedByEdge(t testing.TB, c net.Conn) {
+	t.Helper()
+	if n, err := c.Read(make([]byte, 1)); n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the connection is not closed: %d, %v", n, err)
+	}
+}
+
+// A new connection takes the place of the one that has been idle for longest.
+func TestEdgeEvictsIdle(t *testing.T) {
+	for _, https := range []bool{false, true} {
+		t.Run(fmt.Sprint("tls ", https), func(t *testing.T) {
+			const places = 5 // one of which is the listener's
+			et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
+				if https {
+					c.TLS = testCertificates(t)
+				}
+				c.MaxConns = places
+				c.Handle = reply
+			})
+			dial := func() net.Conn {
+				if https {
+					return et.dialTLS()
+				}
+				return et.dial()
+			}
+			var conns []net.Conn
+			for i := range 20 {
+				conns = append(conns, dial())
+				getOn(t, conns[i])
+				eventually(t, "it is idle", func() bool { return et.Stats().Idle == min(i+1, places-1) })
+			}
+			for i, c := range conns {
+				if i < len(conns)-places+1 {
+					closedByEdge(t, c)
+				} else {
+					getOn(t, c)
+				}
+			}
+			if s := et.Stats(); s.MaxOpen != places || s.Evicted != 16 || s.Open != places {
+				t.Errorf("%+v", s)
+			}
+		})
+	}
+}
+
+// HTTP/2 connections are idle as well when they have no stream, and also before
+// their first.
+func TestEdgeEvictsIdleHTTP2(t *testing.T) {
+	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
+		c.TLS = testCertificates(t)
+		c.MaxConns = 2
+		c.Handle = reply
+	})
+	var last *h2Client
+	for i := range 3 {
+		c := newH2Client(et.dialTLS("h2"))
+		if i > 0 {
+			for err := error(nil); err == nil; {
+				_, _, _, _, err = last.read()
+			}
+			c.headers(1, true, "GET", "/x")
+			if _, _, err := c.until(h2Headers); err != nil {
+				t.Fatal(err)
+			}
+		}
+		last = c
+		eventually(t, "it is idle", func() bool { return et.Stats().Idle == 1 })
+	}
+	if s := et.Stats(); s.Evicted != 2 || s.Requests != 2 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// When all connections are busy, a new one waits in the backlog.
+func TestEdgeBacklog(t *testing.T) {
+	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) { c.MaxConns = 3 })
+	var busy []*EdgeRequest
+	for range 3 {
+		write(t, et.dial(), "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+		busy = append(busy, et.next())
+	}
+	waiting := et.dial() // the kernel takes it
+	write(t, waiting, "GET /waits HTTP/1.1\r\nHost: h\r\n\r\n")
+	if s := et.Stats(); s.Open != 3 || s.MaxOpen != 3 {
+		t.Errorf("%+v", s)
+	}
+	select {
+	case q := <-et.requests:
+		t.Fatalf("%s has got through", q.Target)
+	default:
+	}
+	reply(busy[0]) // which makes its connection idle
+	q := et.next()
+	if q.Target != "/waits" {
+		t.Error(q.Target)
+	}
+	if s := et.Stats(); s.MaxOpen != 3 || s.Evicted != 1 {
+		t.Errorf("%+v", s)
+	}
+	for _, q := range append(busy[1:], q) {
+		reply(q)
+	}
+}
+
+func TestEdgeConnsPerAddr(t *testing.T) {
+	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
+		c.MaxConnsPerAddr = 2
+		c.TrustedProxies = []netip.Prefix{netip.MustParsePrefix("127.0.0.9/32")}
+	})
+	var busy []*EdgeRequest
+	for range 2 {
+		write(t, et.dial("127.0.0.2"), "GET /busy HTTP/1.1\r\nHost: h\r\n\r\n")
+		busy = append(busy, et.next())
+	}
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
+	if third, err := d.Dial("tcp", et.addr.String()); err == nil { // else it was reset before we had it
+		third.SetDeadline(time.Now().Add(testWait))
+		closedByEdge(t, third)
+		third.Close()
+	}
+	eventually(t, "it is counted", func() bool { return et.Stats().OverAddr == 1 })
+	other := et.dial("127.0.0.3")
+	write(t, other, "GET /other HTTP/1.1\r\nHost: h\r\n\r\n")
+	reply(et.next())
+	for range 4 {
+		write(t, et.dial("127.0.0.9"), "GET /proxy HTTP/1.1\r\nHost: h\r\n\r\n")
+		busy = append(busy, et.next())
+	}
+	reply(busy[0])
+	eventually(t, "two are idle", func() bool { return et.Stats().Idle == 2 })
+	again := et.dial("127.0.0.2") // takes the place of the client's own idle one
+	write(t, again, "GET /again HTTP/1.1\r\nHost: h\r\n\r\n")
+	busy = append(busy, et.next())
+	for _, q := range busy[1:] {
+		reply(q)
+	}
+	if s := et.Stats(); s.OverAddr != 1 || s.Evicted != 1 {
+		t.Errorf("%+v", s)
+	}
+	et.close()
+	eventually(t, "all are closed", func() bool { return et.Stats().Open == 0 })
+	et.conns.mu.Lock()
+	defer et.conns.mu.Unlock()
+	if len(et.conns.by) != 0 || len(et.conns.all) != 0 {
+		t.Errorf("left over: %v %v", et.conns.by, et.conns.all)
+	}
+}
+
+func TestClientKey(t *testing.T) {
+	for _, test := range [][2]string{
+		{"203.0.113.5", "203.0.113.5"}, {"::ffff:203.0.113.5", "203.0.113.5"},
+		{"2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"}, {"2001:db8:1:2::9", "2001:db8:1:2::"},
+	} {
+		if got := clientKey(netip.MustParseAddr(test[0])); got.String() != test[1] {
+			t.Errorf("%s: %v", test[0], got)
+		}
+	}
+}
+
+// Many connections that say nothing hold the places for HeaderTimeout at most,
+// and no memory but their own.
+func TestEdgeManySilentConnections(t *testing.T) {
+	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
+		c.MaxConns = 50
+		c.HeaderTimeout = 50 * time.Millisecond
+		c.Handle = reply
+	})
+	for range 300 {
+		et.dial()
+	}
+	c := et.dial()
+	write(t, c, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+	if res, _ := readReply(t, bufio.NewReader(c), "GET"); res.StatusCode != 200 {
+		t.Error(res.Status)
+	}
+	if s := et.Stats(); s.MaxOpen != 50 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// Without TLS there is no HTTP/2, and with TLS no plain HTTP.
+func TestEdgeProtocols(t *testing.T) {
+	plain := newEdgeTest(t, "tcp", nil)
+	c := plain.dial()
+	write(t, c, "GET /x HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n\r\n")
+	q := plain.next()
+	if len(q.Header) != 0 {
+		t.Errorf("%v", q.Header)
+	}
+	reply(q)
+	if res, _ := readReply(t, bufio.NewReader(c), "GET"); res.StatusCode != 200 {
+		t.Error(res.Status)
+	}
+	secure := newEdgeTest(t, "tcp", func(c *EdgeConfig) { c.TLS = testCertificates(t) })
+	c = secure.dial()
+	write(t, c, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+	if got, _ := io.ReadAll(c); !strings.HasPrefix(string(got), "HTTP/1.0 400") {
+		t.Errorf("%q", got)
+	}
+	old := tls.Client(secure.dial(), &tls.Config{RootCAs: ca().pool, ServerName: "hs1.test", MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11})
+	if err := old.Handshake(); err == nil {
+		t.Error("TLS 1.1")
+	}
+	eventually(t, "both are counted", func() bool { return secure.Stats().Handshake == 2 })
+	if n := strings.Count(secure.log.String(), "ended badly"); n != 1 {
+		t.Errorf("%d log lines", n)
+	}
+}
+
+func TestEdgeServeAfterClose(t *testing.T) {
+	et := newEdge(t, nil)
+	et.Close()
+	if err := et.Serve(must(net.Listen("tcp", "127.0.0.1:0"))); err != http.ErrServerClosed {
+		t.Error(err)
+	}
+}
+
+// failingListener fails once, as when there is no descriptor left.
+type failingListener struct {
+	net.Listener
+	failed bool
+}
+
+func (l *failingListener) Accept() (net.Conn, error) {
+	if !l.failed {
+		l.failed = true
+		return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+	}
+	return l.Listener.Accept()
+}
+
+func TestEdgeOutlivesAcceptErrors(t *testing.T) {
+	et := newEdge(t, func(c *EdgeConfig) { c.Handle = reply })
+	ln := must(net.Listen("tcp", "127.0.0.1:0"))
+	et.addr = ln.Addr()
+	et.serveListener(&failingListener{Listener: ln})
+	defer et.close()
+	getOn(t, et.dial())
+	if log := et.log.String(); !strings.Contains(log, "could not be accepted") {
+		t.Error(log)
+	}
+	if s := et.Stats(); s.MaxOpen > 2 {
+		t.Errorf("%+v", s)
+	}
+}

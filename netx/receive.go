@@ -1,0 +1,99 @@
+package netx
+
+import (
+	"crypto/sha256"
+	"errors"
+	"hash"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// A receiver reads the bodies of requests into a spool.
+type receiver struct {
+	spool    *Spool
+	logger   *slog.Logger
+	errorLog *rate.Sometimes
+}
+
+// receive reads src to its end, limit bytes at most, and returns the body,
+// complete, or nil if there is not one byte of it. sum is its SHA-256. The
+// error is a *refusal, or errCut; nothing is left in the spool then.
+func (rc *receiver) receive(src io.ReadCloser, limit int64, deadline time.Time) (body *Body, sum [sha256.Size]byte, err error) {
+	body, digest := rc.spool.New(), sha256.New()
+	err = rc.copy(body, digest, http.MaxBytesReader(nil, src, limit), deadline)
+	body.CloseWrite(err)
+	if err != nil || body.Size() == 0 { // size 0: chunked, without a chunk
+		body.Release()
+		return nil, sum, err
+	}
+	digest.Sum(sum[:0])
+	return body, sum, nil
+}
+
+func (rc *receiver) copy(body *Body, sum hash.Hash, src io.Reader, deadline time.Time) error {
+	buf := getCopyBuf()
+	defer putCopyBuf(buf)
+	for {
+		n, err := src.Read(buf[:])
+		if n > 0 {
+			sum.Write(buf[:n])
+			if err := rc.store(body, buf[:n], deadline); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return bodyError(err)
+		}
+	}
+}
+
+// store writes p to body. While the spool is full it waits: an error would
+// tell Synapse that the remote is down, whereas waiting soon keeps it from
+// sending more, as the number of requests being read is limited.
+func (rc *receiver) store(body *Body, p []byte, deadline time.Time) error {
+	for {
+		freed := rc.spool.room()
+		_, err := body.Write(p)
+		switch {
+		case err == nil:
+			return nil
+		case !errors.Is(err, ErrSpoolFull):
+			return rc.notStored(err, refuseDisk)
+		}
+		select {
+		case <-freed:
+		case <-time.After(time.Until(deadline)):
+			return rc.notStored(err, refuseFull)
+		}
+	}
+}
+
+// notStored logs why a body could not be stored, though not for every request,
+// and returns ref.
+func (rc *receiver) notStored(err error, ref *refusal) error {
+	rc.errorLog.Do(func() { rc.logger.Error("a request body could not be stored", "err", err) })
+	return ref
+}
+
+// bodyError sorts the errors of net/http's body reader.
+func bodyError(err error) error {
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return refuseSize
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return refuseTime
+	}
+	if _, ok := errors.AsType[*net.OpError](err); ok || errors.Is(err, io.ErrUnexpectedEOF) {
+		return errCut
+	}
+	return refuseChunks
+}
