@@ -21,6 +21,10 @@ var forbidden = []struct{ from, to, why string }{
 	{"fsbus/bus", "fsbus/store", "the core says what is to be stored, it does not store"},
 	{"fsbus/bus", "fsbus/netx", "the core says what is to be sent, it does not send"},
 	{"fsbus/bus", "fsbus/bus/node", "the core does not know who runs it"},
+	{"fsbus/bus", "fsbus/bus/edge", "what goes out and what comes in are decided apart, and meet in bus/node"},
+	{"fsbus/bus/edge", "fsbus/bus", "what goes out and what comes in are decided apart, and meet in bus/node"},
+	{"fsbus/bus/edge", "fsbus/store", "the core says what is to be stored, it does not store"},
+	{"fsbus/bus/edge", "fsbus/netx", "the core says what is to be sent, it does not send"},
 	{"fsbus/bus/matrix", "fsbus/bus", "the vocabulary is below everything that speaks it"},
 	{"fsbus/bus/matrix", "fsbus/sched", "the vocabulary knows no schedule"},
 	{"fsbus/sched", "fsbus/bus", "what is scheduled is not the scheduler's business"},
@@ -50,7 +54,7 @@ var impure = map[string]string{
 var thirdParty = map[string][]string{
 	"modernc.org/sqlite":         {"fsbus/store"},
 	"modernc.org/sqlite/lib":     {"fsbus/store"},
-	"golang.org/x/time/rate":     {"fsbus/bus", "fsbus/sched", "fsbus/netx", "fsbus/bus/node"},
+	"golang.org/x/time/rate":     {"fsbus/bus", "fsbus/bus/edge", "fsbus/sched", "fsbus/netx", "fsbus/bus/node"},
 	"github.com/BurntSushi/toml": {"fsbus/bus/node"},
 	"golang.org/x/sys/unix":      {"fsbus/netx", "fsbus/store", "fsbus/bus/node"},
 }
@@ -80,7 +84,7 @@ func packages(t *testing.T) map[string]pkg {
 		}
 		pkgs[p.ImportPath] = p
 	}
-	for _, name := range []string{"fsbus", "fsbus/bus", "fsbus/bus/matrix", "fsbus/bus/node", "fsbus/bus/sim", "fsbus/sched", "fsbus/store", "fsbus/netx"} {
+	for _, name := range []string{"fsbus", "fsbus/bus", "fsbus/bus/edge", "fsbus/bus/matrix", "fsbus/bus/node", "fsbus/bus/sim", "fsbus/sched", "fsbus/store", "fsbus/netx"} {
 		if pkgs[name].Dir == "" {
 			t.Fatalf("package %s is missing from %d", name, len(pkgs))
 		}
@@ -95,7 +99,7 @@ func TestImportDirection(t *testing.T) {
 			t.Errorf("%s must not import %s: %s", f.from, f.to, f.why)
 		}
 	}
-	for _, name := range []string{"fsbus/bus", "fsbus/bus/matrix"} {
+	for _, name := range []string{"fsbus/bus", "fsbus/bus/edge", "fsbus/bus/matrix"} {
 		for _, imp := range pkgs[name].Imports {
 			if why, bad := impure[imp]; bad {
 				t.Errorf("%s must not import %s: %s", name, imp, why)
@@ -159,8 +163,8 @@ func TestGoroutinesStartOnlyWhereTheyMay(t *testing.T) {
 func TestCoreReadsNoClockAndNeverWaits(t *testing.T) {
 	banned := []string{"Now", "Since", "Until", "Sleep", "After", "AfterFunc", "NewTimer", "NewTicker", "Tick"}
 	files := 0
-	eachFile(t, []string{"bus", "bus/matrix"}, func(path string, f *ast.File) {
-		if dir := filepath.Dir(path); dir != "bus" && dir != "bus/matrix" {
+	eachFile(t, []string{"bus", "bus/edge", "bus/matrix"}, func(path string, f *ast.File) {
+		if dir := filepath.Dir(path); dir != "bus" && dir != "bus/edge" && dir != "bus/matrix" {
 			return
 		}
 		files++

@@ -1,0 +1,269 @@
+package edge
+
+import (
+	"fmt"
+	"slices"
+
+	"fsbus/bus/matrix"
+	"fsbus/sched"
+)
+
+// verifyDesk has signatures checked: first with the keys that are at hand, which
+// costs little. Only who fails that may have a key fetched, and of those so many in
+// a minute, so that forged names make us ask nobody without bound.
+type verifyDesk struct {
+	peers   map[string]*peer
+	turn    sched.FIFO[*peer] // those with requests in their queues
+	queued  int32
+	running int32
+
+	fetches  sched.FIFO[fetched]         // of the last minute
+	recent   map[matrix.ServerName]int32 // how many of them are for a server
+	fetching map[matrix.ServerName]*fetch
+	topFetch int32
+}
+
+// peer is an address with requests that are not verified yet.
+type peer struct {
+	name  string
+	queue sched.FIFO[*request]
+	held  int32
+	bytes int64
+}
+
+type fetched struct {
+	at     sched.Time
+	origin matrix.ServerName
+}
+
+// fetch is a Verify that may fetch a key; requests of the same origin wait for it.
+type fetch struct {
+	req    *request
+	parked []*request
+}
+
+func (d *verifyDesk) init() {
+	d.peers = make(map[string]*peer)
+	d.recent = make(map[matrix.ServerName]int32)
+	d.fetching = make(map[matrix.ServerName]*fetch)
+}
+
+// toVerify queues a request to have its signature checked.
+func (m *Machine) toVerify(r *request) {
+	p := m.desk.peers[r.Peer]
+	if !m.unverified.fits(r.Size) || p != nil && r.Peer != "" && !m.peerMay(p, r.Size) {
+		m.full(nil, r, "fsbus: too many requests wait to have their signatures checked")
+		return
+	}
+	if p == nil {
+		p = &peer{name: r.Peer}
+		m.desk.peers[r.Peer] = p
+	}
+	p.held++
+	p.bytes += r.Size
+	m.unverified.take(r)
+	r.timer = m.timers.Set(r.deadline, timer{req: r})
+	m.queueVerify(p, r)
+}
+
+// peerMay reports whether one more request of an address may be held unverified: a
+// quarter of all that may.
+func (m *Machine) peerMay(p *peer, size int64) bool {
+	return p.held < max(8, m.cfg.Unverified/4) && p.bytes+size <= int64(m.cfg.UnverifiedBytes)/4
+}
+
+func (m *Machine) queueVerify(p *peer, r *request) {
+	r.stage = stageQueued
+	m.desk.queued++
+	if p.queue.Push(r); p.queue.Len() == 1 {
+		m.desk.turn.Push(p)
+	}
+}
+
+// unverify takes a request off the desk.
+func (m *Machine) unverify(r *request) {
+	if r.pool == nil {
+		return // it was never on it
+	}
+	r.pool.give(r)
+	p := m.desk.peers[r.Peer]
+	p.bytes -= r.Size
+	if p.held--; p.held == 0 {
+		delete(m.desk.peers, r.Peer)
+	}
+}
+
+// verifyNext starts checks while there is room for them. Addresses take turns.
+func (m *Machine) verifyNext() {
+	d := &m.desk
+	for d.running < m.cfg.Verifying {
+		p, ok := d.turn.Pop()
+		if !ok {
+			return
+		}
+		r, _ := p.queue.Pop()
+		d.queued--
+		if p.queue.Len() > 0 {
+			d.turn.Push(p)
+		}
+		if r.answered {
+			m.free(r)
+			continue
+		}
+		r.stage = stageVerifying
+		d.running++
+		m.emit(Verify{Req: r.Req})
+	}
+}
+
+func (m *Machine) verified(ev Verified) {
+	r := m.reqs[ev.Req]
+	if r == nil || r.stage != stageVerifying {
+		panic(fmt.Sprintf("edge: a verdict for request %d, which is not being verified (%d and %d are)", ev.Req, m.desk.running, len(m.desk.fetching)))
+	}
+	var parked []*request
+	if r.fetched {
+		parked = m.desk.fetching[r.Origin].parked
+		delete(m.desk.fetching, r.Origin)
+	} else {
+		m.desk.running--
+	}
+	keys := r.Keys
+	m.judge(r, ev)
+	for _, p := range parked {
+		switch {
+		case p.answered:
+			m.free(p)
+		case ev.Verdict == NoKey && slices.Equal(p.Keys, keys):
+			m.noKey(p, true, ev.Text)
+		default:
+			m.queueVerify(m.desk.peers[p.Peer], p)
+		}
+	}
+}
+
+// judge acts on the verdict for one request.
+func (m *Machine) judge(r *request, ev Verified) {
+	switch ev.Verdict {
+	case Good:
+		m.stats.Verified++
+		if r.answered {
+			m.free(r)
+			return
+		}
+		m.authentic(r)
+	case Forged:
+		m.stats.Forged++
+		if o := m.origins[originKey{name: r.Origin}]; o != nil {
+			o.counts.Forged++
+		}
+		if r.answered {
+			m.free(r)
+			return
+		}
+		m.turnAway(nil, r, ForAuth, 401, matrix.MUnauthorized, "fsbus: invalid signature: "+ev.Text, 0)
+	case NoKey:
+		switch {
+		case r.answered:
+			m.free(r)
+		case r.fetched:
+			m.noKey(r, true, ev.Text)
+		default:
+			m.fetch(r, ev.Text)
+		}
+	default:
+		panic(fmt.Sprintf("edge: unknown verdict %d for request %d", ev.Verdict, r.Req))
+	}
+}
+
+// fetch has the key of a request fetched, if there is a fetch left for that.
+func (m *Machine) fetch(r *request, text string) {
+	d := &m.desk
+	if f := d.fetching[r.Origin]; f != nil {
+		r.stage = stageParked
+		f.parked = append(f.parked, r)
+		return
+	}
+	m.oldFetches()
+	limit := m.cfg.KeyFetches
+	if !m.known(r.Origin) {
+		limit -= limit / 4
+	}
+	if d.fetches.Len() >= int(limit) || d.recent[r.Origin] >= fetchesPerOrigin {
+		m.stats.FetchesDenied++
+		m.noKey(r, false, text)
+		return
+	}
+	m.stats.Fetches++
+	d.fetches.Push(fetched{m.now, r.Origin})
+	d.recent[r.Origin]++
+	d.topFetch = max(d.topFetch, int32(d.fetches.Len()))
+	d.fetching[r.Origin] = &fetch{req: r}
+	r.fetched = true
+	r.stage = stageVerifying
+	m.emit(Verify{Req: r.Req, MayFetch: true})
+}
+
+// oldFetches forgets the fetches that are over a minute old.
+func (m *Machine) oldFetches() {
+	d := &m.desk
+	for {
+		f, ok := d.fetches.Peek()
+		if !ok || m.now.Sub(f.at) < fetchWindow {
+			return
+		}
+		d.fetches.Pop()
+		if d.recent[f.origin]--; d.recent[f.origin] == 0 {
+			delete(d.recent, f.origin)
+		}
+	}
+}
+
+// noKey decides about a request whose signature cannot be checked. tried: the key
+// was asked for, and did not come.
+func (m *Machine) noKey(r *request, tried bool, text string) {
+	m.stats.NoKey++
+	switch {
+	case m.cfg.NoKey == PassNoKey && m.strangers.waiting() < passQueue && m.strangers.fits(r, &m.cfg) && m.room(r, BandLookup):
+		m.admit(r)
+		m.stats.Passed++
+		m.ask(r, m.strangers, BandLookup)
+	case m.cfg.NoKey == PassNoKey || !tried:
+		m.full(nil, r, fmt.Sprintf("fsbus: the signing key of %s is not known, and too many are asked for", r.Origin))
+	default:
+		m.turnAway(nil, r, ForAuth, 401, matrix.MUnauthorized, fmt.Sprintf("fsbus: the signing key of %s could not be had: %s", r.Origin, text), 0)
+	}
+}
+
+// authentic handles a request whose signature is good.
+func (m *Machine) authentic(r *request) {
+	o := m.origin(originKey{name: r.Origin})
+	if o == nil {
+		m.full(nil, r, "fsbus: too many servers have requests here")
+		return
+	}
+	o.counts.Requests++
+	o.last = m.now
+	if o.alive == 0 || m.now.Sub(o.alive) >= aliveEvery {
+		o.alive = m.now
+		m.emit(Alive{r.Origin})
+	}
+	if r.Txn != nil {
+		m.transaction(r, o)
+	} else {
+		m.request(r, o)
+	}
+}
+
+// unsigned handles a request that needs no signature.
+func (m *Machine) unsigned(r *request) {
+	o := m.origin(originKey{peer: r.Peer})
+	if o == nil {
+		m.full(nil, r, "fsbus: too many have requests here")
+		return
+	}
+	o.counts.Requests++
+	o.last = m.now
+	r.stage = stageThrough
+	m.request(r, o)
+}
