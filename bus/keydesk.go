@@ -70,7 +70,7 @@ type keyQuery struct {
 	wants   []matrix.KeyWant
 	open    map[*keyFetch]bool
 	loading bool
-	found   bool   // some of it is in the store
+	found   bool   // some of it is in the store, or came
 	again   bool   // it is being looked up once more
 	why     string // how a fetch failed
 	timer   *sched.Timer[timer]
@@ -401,7 +401,9 @@ func (f *keyFetch) release(m *Machine, why string) {
 	f.waiters = nil
 	for _, q := range waiters {
 		delete(q.open, f)
-		if why != "" {
+		if why == "" {
+			q.found = true // what came is better than an error about the rest
+		} else {
 			q.why = why
 		}
 		m.closeQuery(q)
