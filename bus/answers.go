@@ -107,14 +107,20 @@ func (m *Machine) ages(ep *matrix.Endpoint, status int, ev Done) (fresh, stale t
 		return 0, 0 // it did not say, so it is not what it should be
 	case ep.Kind == matrix.AnswerProfile:
 		return m.cfg.ProfileFresh, m.cfg.ProfileStale
+	case ep.Keep:
+		return m.cfg.KeepFor, 0
+	case ep.Kind == matrix.AnswerMedia && m.cfg.MediaBytes > 0:
+		return m.cfg.MediaFor, 0
 	}
 	return ep.CacheFor, ep.StaleFor
 }
 
 // keep keeps the answer of a call that has ended well, in the place that suits
-// it, and reports whether it did.
+// it, and reports whether it did. A whole answer that lies in memory is one of the
+// small ones: else it would take the room of what is on its way.
 func (m *Machine) keep(c *call, ev Done) bool {
-	if fresh, stale := m.ages(c.endpoint, c.status, ev); fresh+stale > 0 && ev.Kept && m.cache.fits(ev.Size+entryCost) {
+	fresh, stale := m.ages(c.endpoint, c.status, ev)
+	if fresh+stale > 0 && ev.Kept && m.cache.fits(ev.Size+entryCost) {
 		e := &entry{key: c.key, op: c.op, status: c.status, size: ev.Size + entryCost, stored: m.now, fresh: m.now.Add(fresh), stale: m.now.Add(fresh + stale)}
 		m.cache.put(m, e)
 		if c.endpoint.Durable && m.answers.max > 0 {
@@ -122,18 +128,11 @@ func (m *Machine) keep(c *call, ev Done) bool {
 		}
 		return true
 	}
-	var keep time.Duration
-	if c.endpoint.Keep {
-		keep = m.cfg.KeepFor
-	}
-	if c.endpoint.Kind == matrix.AnswerMedia {
-		keep = m.cfg.MediaFor
-	}
 	shelf := m.shelf(c.endpoint)
-	if keep <= 0 || c.status != 200 || ev.Private || !shelf.fits(ev.Size+entryCost) {
+	if whole := c.endpoint.Keep || c.endpoint.Kind == matrix.AnswerMedia; !whole || ev.Kept || fresh <= 0 || c.status != 200 || !shelf.fits(ev.Size+entryCost) {
 		return false
 	}
-	shelf.put(m, &entry{key: c.key, op: c.op, status: c.status, size: ev.Size + entryCost, stored: m.now, fresh: m.now.Add(keep), stale: m.now.Add(keep)})
+	shelf.put(m, &entry{key: c.key, op: c.op, status: c.status, size: ev.Size + entryCost, stored: m.now, fresh: m.now.Add(fresh), stale: m.now.Add(fresh)})
 	return true
 }
 

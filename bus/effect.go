@@ -93,7 +93,8 @@ type Load struct {
 }
 
 // LoadKeys has the store looked through for the keys that are wanted, as they
-// came through Via, and is answered by KeysLoaded.
+// came through Via, and is answered by KeysLoaded. It may come once more for a
+// query, after something has been fetched that may be good enough for it.
 type LoadKeys struct {
 	Query QueryID
 	Via   matrix.ServerName

@@ -347,3 +347,26 @@ func TestSendJoinPastItsTimeEndsWithItsLastCaller(t *testing.T) {
 	r.step(Gone{last})
 	r.one("until then", reflect.DeepEqual(of[Cancel](r.last), []Cancel{{op}}))
 }
+
+// What is small enough to lie in memory must not take the room there of what is on
+// its way: it is one of the small answers, however long it is kept.
+func TestSmallWholeAnswersAreAmongTheSmallOnes(t *testing.T) {
+	for _, target := range []string{"/_matrix/federation/v2/send_join/!r/$e", "/_matrix/federation/v1/state/!r?event_id=$e"} {
+		r := newRig(t, nil)
+		method := "GET"
+		if strings.Contains(target, "send_join") {
+			method = "PUT"
+		}
+		r.get("h.test", method, target)
+		op := r.sent().Op
+		r.step(Connected{op})
+		r.answer(op, 200)
+		r.one("it is in memory", r.m.cache.recent.Len() == 1 && r.m.whole.recent.Len() == 0)
+		r.pass(59 * time.Minute)
+		r.get("h.test", method, target)
+		r.one("and is kept as long as a large one", len(of[Reply](r.last)) == 1 && of[Reply](r.last)[0].From == FromCache)
+		r.pass(2 * time.Minute)
+		r.get("h.test", method, target)
+		r.one("and no longer", len(of[Send](r.last)) == 1)
+	}
+}

@@ -208,7 +208,7 @@ var endpoints = fillIn([]Endpoint{
 		// The state at an event does not change.
 		Name: "state", Method: "GET",
 		Paths: []string{fedV1 + "/state/*"},
-		Class: ClassState, Timeout: 600 * time.Second, Share: ShareSame, CacheFor: 10 * time.Minute,
+		Class: ClassState, Timeout: 600 * time.Second, Share: ShareSame,
 		Keep: true, Whole: 10 * time.Minute, RunOn: 11 * time.Minute, Join: JoinResync,
 		MaxResponse: MaxStateBody,
 		CancelSafe:  true, Repeat: true,

@@ -64,7 +64,7 @@ func (n *Node) judgeKeys(a *attempt, done *bus.Done) {
 		n.keyCounts.refused.Add(1)
 		return
 	}
-	o, err := matrix.CheckServerKeys(body, a.in.Destination)
+	o, err := matrix.KnownServerKeys(body, a.in.Destination)
 	if err != nil {
 		return
 	}

@@ -14,7 +14,8 @@ func (n *Node) ingest(in *netx.Inbound) {
 	ep := matrix.Match(in.Method, in.Target)
 	n.endpoints.count(ep.Name)
 	class := ep.Class
-	if ep.Name == "send" {
+	own := n.notary != nil && in.Destination == n.notary.name
+	if ep.Name == "send" && !own {
 		if n.offer(in) {
 			return
 		}
@@ -30,7 +31,7 @@ func (n *Node) ingest(in *netx.Inbound) {
 		Room:     matrix.RoomID(ep, in.Target),
 	}
 	switch {
-	case n.notary != nil && in.Destination == n.notary.name:
+	case own:
 		n.forNotary(in, a)
 		return
 	case ep.Kind == matrix.AnswerKeyQuery && n.queryKeys(in, a, false):

@@ -283,6 +283,9 @@ func TestTheBusIsANotary(t *testing.T) {
 	if got := r.fetch(fedload.Lookup(own, "alice")); got.status != 404 || !strings.Contains(got.body, matrix.MUnrecognized) {
 		t.Errorf("anything else is answered %d %s", got.status, got.body)
 	}
+	if got := r.fetch(fedload.Send(us.Name, own, "t1", time.Now(), nil, []json.RawMessage{us.Typing("alice", "!r:us.test", true)})); got.status != 404 {
+		t.Errorf("a transaction is answered %d %s", got.status, got.body)
+	}
 	if got := r.fetch(&fedload.Request{Destination: own, Method: "POST", Target: "/_matrix/key/v2/query", Body: []byte(`{"server_keys":1}`)}); got.status != 400 {
 		t.Errorf("a bad query is answered %d %s", got.status, got.body)
 	}
