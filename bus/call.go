@@ -52,6 +52,7 @@ type call struct {
 	late     *sched.Timer[timer] // when its waiters have waited for long enough
 	slow     bool                // they have
 	ahead    bool                // only to connect, for later
+	forKey   bool                // of a fetch of keys: nobody but KeyWanted waits for it
 	host     *host
 	endpoint *matrix.Endpoint
 	class    matrix.Class
@@ -676,6 +677,7 @@ func (m *Machine) done(c *call, ev Done) {
 	}
 	m.touch(h)
 	m.ready(h)
+	m.forgetStranger(h)
 }
 
 // doneAnswered handles the end of an answer whose headers were there before.

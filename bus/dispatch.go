@@ -20,6 +20,7 @@ type lane struct {
 // enqueue puts a new call into its host's queue.
 func (m *Machine) enqueue(c *call) {
 	h := c.host
+	h.stranger = h.stranger && c.forKey
 	listed := h.listed[c.class]
 	h.queue[c.class].Push(c)
 	h.waiting[c.class]++

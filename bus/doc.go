@@ -82,6 +82,10 @@
 // and stored it. A fetch holds up a query for Config.Keys.Wait at most and goes on
 // for the next who asks.
 //
+// A KeyWanted is for one key, to check a signature of a request that came in. Its
+// server is asked, and where that cannot be reached the last notary. A server of
+// which only that is known is forgotten when it fails.
+//
 //   - one fetch at a time for a server by one way;
 //   - a query is answered before its caller's time-out, with what there is.
 //
@@ -101,7 +105,8 @@
 // of classes 5 to 7 are a quarter, of which each keeps one worker. When the
 // homeserver has the answer, requests for the room's state are of class 2, until
 // none has come for a minute. The servers and keys that are seen in the answer are
-// connected to and fetched ahead, at a rate and within bounds.
+// connected to and fetched ahead, at a rate and within bounds. JoinWindow tells the
+// shell in which rooms the homeserver is just sending its join.
 //
 // # The outbox
 //

@@ -108,6 +108,17 @@ type ReplyKeys struct {
 	Wants []matrix.KeyWant
 }
 
+// KeyFetched says that a KeyWanted is over: what could be had is in the store.
+// Exactly one comes for each.
+type KeyFetched struct{ For uint64 }
+
+// JoinWindow says that the homeserver has begun to join a room, or is through with
+// that: meanwhile it throws away what others send of that room.
+type JoinWindow struct {
+	Room string
+	Open bool
+}
+
 // Accept has the store take over the transaction held under Req. It is answered
 // by Accepted.
 type Accept struct{ Req ReqID }
@@ -168,6 +179,9 @@ func (Load) effect()    {}
 func (LoadKeys) effect()  {}
 func (ReplyKeys) effect() {}
 func (Drained) effect()   {}
+
+func (KeyFetched) effect() {}
+func (JoinWindow) effect() {}
 
 func (Accept) effect()      {}
 func (Acknowledge) effect() {}

@@ -108,6 +108,17 @@ type KeysSeen struct {
 	Wants []matrix.KeyWant // by server; not changed afterwards
 }
 
+// KeyWanted: the shell needs a key of a server to check a signature with, which it
+// does not have. For is the shell's own name for that, never used twice.
+type KeyWanted struct {
+	For    uint64
+	Server matrix.ServerName
+	KeyID  string
+}
+
+// Alive: something came from a server that it has signed.
+type Alive struct{ Server matrix.ServerName }
+
 // ServersSeen: these servers are in a room that is being joined.
 type ServersSeen struct {
 	Room    string
@@ -236,6 +247,8 @@ func (Loaded) event()       {}
 func (KeyQuery) event()     {}
 func (KeysLoaded) event()   {}
 func (KeysSeen) event()     {}
+func (KeyWanted) event()    {}
+func (Alive) event()        {}
 func (ServersSeen) event()  {}
 func (Gone) event()         {}
 func (Connected) event()    {}

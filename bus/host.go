@@ -33,6 +33,7 @@ type host struct {
 	reachable   bool       // a handshake succeeded since the last failure
 	suspect     bool       // the last attempt took too long to connect
 	slowed      bool       // its rate is below the configured one, since it was too fast
+	stranger    bool       // known only by name, from a request that may be forged
 	former      *queue     // of the outbox: nothing is pending, but it has failed
 
 	took time.Duration // to answer the last transaction of the outbox
@@ -205,6 +206,7 @@ func (h *host) mayRun(c matrix.Class, cfg Config, now sched.Time) (ok bool, agai
 
 // succeeded notes an answer that shows a working host.
 func (m *Machine) succeeded(h *host, status int) {
+	h.stranger = false
 	h.LastStatus = status
 	h.soft = 0
 	h.reachable, h.suspect = true, false
@@ -240,7 +242,7 @@ func (m *Machine) failed(h *host, f matrix.Failure, detail string, tried sched.T
 	h.LastTry = tried
 	h.NextTry = m.now.Add(m.delay(h.Failures, f))
 	m.store(h)
-	if p := m.outbox.pacer; p != nil {
+	if p := m.outbox.pacer; p != nil && !h.stranger {
 		p.Reach(m.now, h.Name, true)
 	}
 }
@@ -257,7 +259,7 @@ func (m *Machine) delay(failures int32, f matrix.Failure) time.Duration {
 
 // store has the host's record written soon.
 func (m *Machine) store(h *host) {
-	if !h.dirty {
+	if !h.dirty && !h.stranger {
 		h.dirty = true
 		m.dirty = append(m.dirty, h)
 	}

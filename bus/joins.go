@@ -91,7 +91,7 @@ type joins struct {
 
 type joinWindow struct {
 	JoinStatus
-	until sched.Time // of the phase, unless something happens
+	told  bool // the shell knows that it is open
 	timer *sched.Timer[timer]
 }
 
@@ -162,6 +162,17 @@ func (m *Machine) keepJoin(w *joinWindow, p JoinPhase, d time.Duration) {
 	w.Phase = p
 	m.timers.Stop(w.timer)
 	w.timer = m.timers.Set(m.now.Add(d), timer{join: w})
+	m.tellJoin(w)
+}
+
+// tellJoin has the shell know of a window in which the homeserver throws away
+// what others send of the room: from its send_join on, as before that nobody sends
+// anything.
+func (m *Machine) tellJoin(w *joinWindow) {
+	if open := w.Phase == JoinSending; open != w.told && !m.drained {
+		w.told = open
+		m.emit(JoinWindow{Room: w.Room, Open: open})
+	}
 }
 
 func (m *Machine) closeJoin(w *joinWindow) {
@@ -175,6 +186,7 @@ func (m *Machine) closeJoin(w *joinWindow) {
 	w.timer = nil
 	w.Phase, w.Closed = JoinOver, m.now
 	delete(m.joins.rooms, w.Room)
+	m.tellJoin(w)
 }
 
 // joinSent: a call for a join goes upstream.

@@ -72,6 +72,8 @@ type keyQuery struct {
 	loading bool
 	found   bool   // some of it is in the store, or came
 	again   bool   // it is being looked up once more
+	forKey  bool   // it is the shell's, for one key
+	wanted  uint64 // by which KeyWanted, until that is over
 	why     string // how a fetch failed
 	timer   *sched.Timer[timer]
 }
@@ -335,8 +337,10 @@ func (m *Machine) ask(n *notary, batch int) {
 	}
 	n.running++
 	h := m.hosts[dest]
+	c.forKey = n.name == "" && c.fetches[0].forKeys()
 	if h == nil {
 		h = m.newHost(dest)
+		h.stranger = c.forKey
 	}
 	c.host = h
 	if h.backingOff(m.now) || n.name == "" && h.hanging(m.now) {
@@ -501,6 +505,8 @@ func (m *Machine) keysTried(server matrix.ServerName) bool {
 func (m *Machine) keysOver(c *call, why string) {
 	m.keysEnd(c, why, false)
 	m.pump(c.desk)
+	m.touch(c.host)
+	m.forgetStranger(c.host)
 }
 
 func (m *Machine) keysEnd(c *call, why string, came bool) {
@@ -539,7 +545,7 @@ func (m *Machine) fetchOver(f *keyFetch, came bool) {
 
 // closeQuery answers a query if nothing of it is under way any more.
 func (m *Machine) closeQuery(q *keyQuery) {
-	if q.loading || len(q.open) > 0 || m.keys.queries[q.id] != q {
+	if q.loading || len(q.open) > 0 || m.keys.queries[q.id] != q || m.askElsewhere(q) {
 		return
 	}
 	m.endQuery(q)
@@ -554,6 +560,7 @@ func (m *Machine) keysDue(q *keyQuery) {
 	}
 	// The store takes long, and nobody waits for it any more.
 	q.timer = nil
+	m.keyOver(q)
 	if q.Req != 0 {
 		q.why = "fsbus: the store is slow"
 		q.found = q.found || q.again // some of it came
@@ -581,6 +588,7 @@ func (m *Machine) endQuery(q *keyQuery) {
 	q.timer = nil
 	delete(d.queries, q.id)
 	d.wants -= len(q.wants)
+	m.keyOver(q)
 	if q.Req == 0 {
 		if q.isAhead() {
 			d.ahead -= len(q.wants)
@@ -606,10 +614,10 @@ func (m *Machine) answerQuery(q *keyQuery) {
 }
 
 // isAhead reports whether the query is for keys that somebody will ask for.
-func (q *keyQuery) isAhead() bool { return q.Endpoint == nil }
+func (q *keyQuery) isAhead() bool { return q.Endpoint == nil && !q.forKey }
 
 // gone reports whether the query was the homeserver's, which waits no more.
-func (q *keyQuery) gone() bool { return q.Req == 0 && !q.isAhead() }
+func (q *keyQuery) gone() bool { return q.Req == 0 && q.Endpoint != nil }
 
 // queryGone: nobody waits for the query any more. What is not on its way yet is
 // not asked for.

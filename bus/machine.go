@@ -168,6 +168,10 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 		m.keysSeen(ev)
 	case ServersSeen:
 		m.serversSeen(ev)
+	case KeyWanted:
+		m.keyWanted(ev)
+	case Alive:
+		m.alive(ev.Server)
 	case Offered:
 		m.offered(ev)
 	case Accepted:

@@ -20,6 +20,7 @@ type Stats struct {
 	RefusedBefore  int64                        // refused as the server did a moment ago
 	Held           int64                        // answers that were held back until all was sure to come
 	Aheads         int64                        // servers connected to in advance
+	Revived        int64                        // servers tried early because something came from them
 	KeyQueries     int64                        // of the homeserver
 	KeysKnown      int64                        // keys that the store had
 	KeysShared     int64                        // keys that were being fetched already

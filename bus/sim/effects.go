@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"fmt"
 	"time"
 
 	"fsbus/bus"
@@ -34,6 +35,18 @@ func (w *World) do(e bus.Effect) {
 		}
 	case bus.ReplyKeys:
 		w.replyKeys(e)
+	case bus.KeyFetched:
+		if !w.keys.wanted[e.For] {
+			w.failf("key %d is over, which nobody waits for", e.For)
+		}
+		delete(w.keys.wanted, e.For)
+		w.Counts["key wanted"]++
+	case bus.JoinWindow:
+		if w.keys.joining[e.Room] == e.Open {
+			w.failf("the join window of %s is open twice, or not: %t", e.Room, e.Open)
+		}
+		w.keys.joining[e.Room] = e.Open
+		w.Counts[fmt.Sprint("join window ", e.Open)]++
 	case bus.Load:
 		w.load(e)
 	case bus.LoadKeys:
@@ -287,7 +300,7 @@ func (w *World) limits(a *attempt, class matrix.Class) {
 	if most := int(cfg.HostRate) + int(cfg.HostBurst) + 1; len(h.sends) > most {
 		w.failf("%d attempts at %s within a second, %d at most", len(h.sends), h.name, most)
 	}
-	if h.failures == 0 {
+	if h.failures == 0 || h.stranger { // how that one failed may have been forgotten
 		return
 	}
 	// The least pause after any failure is 80 % of 5 s; only a join may come

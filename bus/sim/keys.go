@@ -13,6 +13,7 @@ const (
 	ownName    = "own.test"
 	notaries   = 3 // the first remotes
 	keyServers = 60
+	strangers  = 2 // the last remotes, of which keys are wanted
 )
 
 // keyID is a key as it came through somebody.
@@ -29,6 +30,9 @@ type keyWorld struct {
 	stored  map[keyID]int64 // until when it is valid
 	fetches map[keyFetch]bool
 	running map[matrix.ServerName]int // batches at a notary
+	wanted  map[uint64]bool           // KeyWanted that is not over
+	last    uint64                    // of them
+	joining map[string]bool           // the rooms whose windows are open
 }
 
 // drawKeys draws the limits of the key desk.
@@ -74,6 +78,21 @@ func (w *World) askKeys() {
 	w.begin(r)
 	w.Counts["key query"]++
 	w.step(bus.KeyQuery{Arrived: r.Arrived, Own: own, Wants: r.wants})
+}
+
+// comesIn tells the core of something that came from a server, or in its name.
+func (w *World) comesIn() {
+	if w.rng.IntN(2) == 0 {
+		r := w.remotes[w.rng.IntN(len(w.remotes))]
+		r.flushed = true
+		w.step(bus.Alive{Server: r.name})
+		return
+	}
+	r := w.remotes[len(w.remotes)-1-w.rng.IntN(strangers)]
+	r.stranger = true
+	w.keys.last++
+	w.keys.wanted[w.keys.last] = true
+	w.step(bus.KeyWanted{For: w.keys.last, Server: r.name, KeyID: fmt.Sprint("ed25519:", w.rng.IntN(2))})
 }
 
 // seeAhead tells the core what is in an answer to a join.
@@ -170,6 +189,7 @@ func (w *World) hasKeys(a *attempt, well bool) (missing []matrix.ServerName) {
 		case a.via == ownName:
 			for id := range 2 {
 				w.keys.stored[keyID{a.via, s, fmt.Sprint("ed25519:", id)}] = 15
+				w.keys.stored[keyID{s, s, fmt.Sprint("ed25519:", id)}] = w.now.Add(time.Hour).Wall()
 			}
 		default:
 			for _, want := range a.asks {
@@ -185,6 +205,7 @@ func (w *World) hasKeys(a *attempt, well bool) (missing []matrix.ServerName) {
 // bootKeys forgets what a crash loses.
 func (w *World) bootKeys() {
 	w.keys.fetches, w.keys.running = map[keyFetch]bool{}, map[matrix.ServerName]int{}
+	w.keys.wanted, w.keys.joining = map[uint64]bool{}, map[string]bool{}
 	if w.keys.stored == nil {
 		w.keys.stored = map[keyID]int64{}
 	}

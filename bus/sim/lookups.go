@@ -202,7 +202,7 @@ func (w *World) restLookups() {
 	if w.out != nil {
 		ahead = 0 // it is drained soon after the last of them
 	}
-	if s.KeysWanted.Used != 0 || ahead != 0 || len(w.keys.fetches) != 0 {
+	if len(w.keys.wanted) != 0 || s.KeysWanted.Used != 0 || ahead != 0 || len(w.keys.fetches) != 0 {
 		w.failf("at rest, %d keys are wanted, %d servers are to be connected to, %d are asked for their keys", s.KeysWanted.Used, ahead, len(w.keys.fetches))
 	}
 	for _, r := range w.remotes {

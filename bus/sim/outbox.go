@@ -54,7 +54,8 @@ type txState struct {
 	index      int
 	busy       string // what the store has under way for it
 	delivering *attempt
-	flushed    bool // an admin has it tried, whatever its back-off
+	flushed    bool // it is tried, whatever its back-off: an admin wants it, or something came from it
+	stranger   bool // a key of it was wanted
 	trimming   bool // there is more to compact
 
 	content  map[string]string // of each id that was sent

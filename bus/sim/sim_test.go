@@ -88,7 +88,7 @@ func TestWorldHoldsItsInvariants(t *testing.T) {
 				}
 			}
 			t.Log(fmt.Sprint(total))
-			for _, must := range []string{"send", "reply", "refuse", "gone", "healed reply", "HIT", "SHARED", "field", "stored", "keys", "batch", "ahead"} {
+			for _, must := range []string{"send", "reply", "refuse", "gone", "healed reply", "HIT", "SHARED", "field", "stored", "keys", "batch", "ahead", "key wanted", "join window true", "join window false"} {
 				if total[must] == 0 {
 					t.Errorf("no %q in any run: the simulation does not reach it", must)
 				}

@@ -318,6 +318,8 @@ func (w *World) arrive() {
 		return
 	case n < 3:
 		w.seeAhead()
+	case n < 5:
+		w.comesIn()
 	}
 	w.lastReq++
 	ep := w.endpoints[w.rng.IntN(len(w.endpoints))]
