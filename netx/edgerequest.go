@@ -24,8 +24,10 @@ import (
 //
 // Exactly one of Reply, Stream and Abort takes effect, whether it succeeds or
 // not. A further one returns ErrAnswered, or ErrClientGone once EdgeConfig.Gone
-// has been told. They may be called by any goroutine, and end the request. The
-// body is not theirs: it is freed by Release.
+// has been told. They may be called by any goroutine, and end the request. With
+// Answer they are called in the request's own goroutine, so that a client that
+// takes its answer slowly holds up nobody else. The body is not theirs: it is
+// freed by Release.
 //
 // The fields must not be changed.
 type EdgeRequest struct {
@@ -62,6 +64,7 @@ type EdgeRequest struct {
 	released  atomic.Bool
 
 	state inboundState  // guarded by edge.mu
+	work  chan func()   // what Answer wants done; room for one
 	done  chan struct{} // closed when an answer has been written or given up
 	whole bool          // the former; set before done is closed
 }
@@ -90,7 +93,7 @@ var (
 func (e *Edge) serve(w http.ResponseWriter, r *http.Request) {
 	q := &EdgeRequest{
 		Method: r.Method, Target: r.RequestURI, Host: r.Host, Received: time.Now(), HTTP2: r.ProtoMajor == 2 && r.Method != "PRI",
-		edge: e, w: w, rc: http.NewResponseController(w), done: make(chan struct{}),
+		edge: e, w: w, rc: http.NewResponseController(w), work: make(chan func(), 1), done: make(chan struct{}),
 	}
 	q.conn = r.Context().Value(edgeConnKey{}).(*edgeConn)
 	q.close = !q.HTTP2 && (r.Proto != "HTTP/1.1" || len(r.TransferEncoding) > 0)
@@ -339,23 +342,43 @@ func (q *EdgeRequest) hand(ctx context.Context) {
 	handled = true
 	select {
 	case <-q.done:
+	case write := <-q.work:
+		q.run(write)
 	case <-ctx.Done():
+		if q.claim(stateGone) == nil {
+			e.mu.Lock()
+			e.stats.Gone++
+			e.mu.Unlock()
+			e.cfg.Gone(q)
+			panic(http.ErrAbortHandler)
+		}
+		// The answer's beginning and the client's end came together.
 		select {
-		case <-q.done: // the answer's end and the client's came together
-		default:
-			if q.claim(stateGone) == nil {
-				e.mu.Lock()
-				e.stats.Gone++
-				e.mu.Unlock()
-				e.cfg.Gone(q)
-				panic(http.ErrAbortHandler)
-			}
-			<-q.done // an answer that is being written soon ends
+		case <-q.done:
+		case write := <-q.work:
+			q.run(write)
 		}
 	}
 	if !q.whole {
 		q.drop()
 	}
+}
+
+// run calls what is to answer the request.
+func (q *EdgeRequest) run(write func()) {
+	defer func() { _ = q.Abort() }() // takes effect if write has not answered
+	write()
+}
+
+// Answer has the request's own goroutine call write, once and soon, which is to
+// answer the request; if it does not, the request is aborted. After an error,
+// which is ErrAnswered or ErrClientGone, write is not called. It does not block.
+func (q *EdgeRequest) Answer(write func()) error {
+	if err := q.claim(stateOwn); err != nil {
+		return err
+	}
+	q.work <- write
+	return nil
 }
 
 // drop ends the request without an answer, or within it: HTTP/2 resets the
@@ -372,11 +395,12 @@ func (q *EdgeRequest) drop() {
 func (q *EdgeRequest) claim(to inboundState) error {
 	q.edge.mu.Lock()
 	defer q.edge.mu.Unlock()
-	switch q.state {
-	case stateAnswer:
-		return ErrAnswered
-	case stateGone:
+	switch {
+	case q.state == stateGone:
 		return ErrClientGone
+	case q.state == stateOwn && to == stateAnswer:
+	case q.state != statePark:
+		return ErrAnswered
 	}
 	q.state = to
 	return nil

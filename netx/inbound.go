@@ -52,6 +52,7 @@ const (
 	statePark   inboundState = iota // nobody has begun an answer
 	stateAnswer                     // Reply, Stream or Abort was called
 	stateGone                       // the client went away first
+	stateOwn                        // its own goroutine is to answer (EdgeRequest.Answer)
 )
 
 // park hands the request over.
