@@ -87,8 +87,8 @@ var loadAnswerQuery = fmt.Sprintf(`SELECT size, stored, fresh, stale, status, ii
 
 // LoadAnswer returns the answer that is stored under key, and whether there is
 // one. It sees whatever was completed before the call. It reads a few pages, and
-// waits for nobody but other calls of LoadAnswer and LoadKeys. A row that cannot be
-// one of ours is as good as none (Stats.Damaged).
+// waits for nobody but other look-ups. A row that cannot be one of ours is as good as
+// none (Stats.Damaged).
 func (s *Store) LoadAnswer(key [32]byte) (a Answer, found bool, err error) {
 	var bad error
 	err = s.lookUp("load answer", func(r *reader) error {

@@ -28,19 +28,24 @@ type Batch struct {
 	// Keys are written over what is stored of the same Via and Server. Of two with
 	// the same the later one stays.
 	Keys []ServerKeys
+	// Inbound are written over what is stored of the same origins and ids. Of two with
+	// the same the later one stays. One that finds no room is not stored.
+	Inbound []InboundTxn
 }
 
 // What a batch and a slice element cost besides their strings, rounded up for
 // 64-bit: a Batch with its place in the queue, a Host, a string header, an interface,
-// an Answer, the key of one, a ServerKeys.
+// an Answer, the key of one, a ServerKeys, an InboundTxn, an InboundPDU.
 const (
-	batchBytes     = 192
-	hostBytes      = 96
-	nameBytes      = 16
-	opBytes        = 16
-	answerBytes    = 112
-	answerKeyBytes = 32
-	keysBytes      = 80
+	batchBytes      = 192
+	hostBytes       = 96
+	nameBytes       = 16
+	opBytes         = 16
+	answerBytes     = 112
+	answerKeyBytes  = 32
+	keysBytes       = 80
+	inboundBytes    = 96
+	inboundPDUBytes = 48
 )
 
 // size is about how many bytes of memory b holds.
@@ -62,6 +67,9 @@ func (b *Batch) size() int64 {
 	for i := range b.Keys {
 		k := &b.Keys[i]
 		n += keysBytes + int64(len(k.Via)) + int64(len(k.Server)) + int64(len(k.Object))
+	}
+	for i := range b.Inbound {
+		n += inboundBytes + b.Inbound[i].size()
 	}
 	return n
 }
@@ -109,6 +117,14 @@ func (w *writer) apply(b *Batch) (int64, error) {
 		n, err := w.keys.put(k)
 		if err != nil {
 			return 0, classify(fmt.Sprintf("write keys of %q by way of %q", k.Server, k.Via), w.path, err)
+		}
+		rows += n
+	}
+	for i := range b.Inbound {
+		x := &b.Inbound[i]
+		n, err := w.inbound.put(x)
+		if err != nil {
+			return 0, classify(fmt.Sprintf("write transaction of %q", x.Origin), w.path, err)
 		}
 		rows += n
 	}

@@ -15,8 +15,8 @@ import (
 	"fsbus/bus/matrix"
 )
 
-// The child process of this test stores numbered batches, each of an answer and of
-// keys that belong together, as fast as it can, and writes the number of each that
+// The child process of this test stores numbered batches, each of an answer, keys and
+// a transaction that was answered, which belong together, as fast as it can, and writes the number of each that
 // was acknowledged to its standard output, until it is killed. The bounds are
 // reached again and again.
 const (
@@ -25,7 +25,7 @@ const (
 )
 
 func crashCacheOptions(path string) Options {
-	return Options{Path: path, MaxGroup: 16, MaxAnswers: crashCacheRows, MaxKeys: crashCacheRows}
+	return Options{Path: path, MaxGroup: 16, MaxAnswers: crashCacheRows, MaxKeys: crashCacheRows, MaxInbound: crashCacheRows}
 }
 
 func crashCacheBatch(n int64) *Batch {
@@ -33,7 +33,9 @@ func crashCacheBatch(n int64) *Batch {
 	i, size := int(n%200), int(n%7)*400+1
 	a, k := anAnswer(i, size), someKeys(notaryName, i, size)
 	a.Stored, k.Fetched = n, n
-	return &Batch{Answers: []Answer{a}, Keys: []ServerKeys{k}}
+	x := inboundTxn(i, size, int(n%4))
+	x.Answered += n
+	return &Batch{Answers: []Answer{a}, Keys: []ServerKeys{k}, Inbound: []InboundTxn{x}}
 }
 
 // crashCacheChild never returns.
@@ -148,6 +150,18 @@ func crashCacheVerify(t *testing.T, path string, acked int64) {
 		a, _ := loadAnswer(t, s, b.Answers[0].Key)
 		want(t, "answer", a, b.Answers[0])
 		want(t, "keys", loadKeys(t, s, notaryName, b.Keys[0].Server), b.Keys)
+		wantInbound(t, s, &b.Inbound[0])
+	}
+	want(t, "inbound in all", s.Stats().Inbound.Rows, int64(len(list)))
+	// What is gone is not found.
+	for n := newest - int64(len(list)); n > max(newest-200, 0); n-- {
+		x := crashCacheBatch(n).Inbound[0]
+		if _, found, err := s.LoadInbound(x.Origin, x.ID, 0); found || err != nil {
+			t.Errorf("batch %d of %d: %v, %v", n, newest, found, err)
+		}
+		if _, ok := inboundPDUs(t, s, x.Origin, hashes(&x), 0); ok {
+			t.Errorf("PDUs of batch %d of %d are there without it", n, newest)
+		}
 	}
 	var all []matrix.ServerName
 	for i := range 200 {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -22,7 +24,10 @@ func TestReadersAndTheWriterDoNotDisturbEachOther(t *testing.T) {
 		for i := range rows {
 			a := Answer{Key: answerKey(i), Stored: int64(round), Body: filled(round, 3000+i)}
 			k := ServerKeys{Via: notaryName, Server: numberedName(i), Fetched: int64(round), Object: filled(round, 3000+i)}
-			b.Answers, b.Keys = append(b.Answers, a), append(b.Keys, k)
+			x := inboundTxn(i, 3000+i, 2)
+			x.Answered += int64(round)
+			x.Answer, x.PDUs[1].EventID = a.Body, fmt.Sprint(round)
+			b.Answers, b.Keys, b.Inbound = append(b.Answers, a), append(b.Keys, k), append(b.Inbound, x)
 		}
 		return b
 	}
@@ -67,6 +72,34 @@ func TestReadersAndTheWriterDoNotDisturbEachOther(t *testing.T) {
 					t.Error(err)
 					return
 				}
+				from = least()
+				x := inboundTxn(i, 0, 2)
+				// Of the round that is complete something is there, and never without the rest.
+				answer, found, err := s.LoadInbound(x.Origin, x.ID, inboundAt+from-1)
+				if err == nil && !found {
+					err = errors.New("a transaction is gone")
+				}
+				if err == nil {
+					round, _, _ := strings.Cut(string(answer), ",")
+					n, _ := strconv.ParseInt(round, 10, 64)
+					err = check(i, n, answer, from)
+				}
+				if err == nil {
+					var ids []string
+					ids, found, err = s.InboundPDUs(x.Origin, hashes(&x), inboundAt+from-1)
+					if err == nil && (!found || ids[0] != x.PDUs[0].EventID) {
+						err = fmt.Errorf("PDUs %q, %v", ids, found)
+					}
+					if err == nil {
+						if n, _ := strconv.ParseInt(ids[1], 10, 64); n < from {
+							err = fmt.Errorf("PDUs of round %d, want at least %d", n, from)
+						}
+					}
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
 				i, from = 0, least()
 				if err := s.LoadKeys(notaryName, servers, func(k ServerKeys) error {
 					i++
@@ -92,7 +125,7 @@ func TestReadersAndTheWriterDoNotDisturbEachOther(t *testing.T) {
 		}
 	}
 	auditCaches(t, s)
-	// Each round writes 120 KB, so the log started over some times.
+	// Each round writes 180 KB, so the log started over some times.
 	if size := s.Stats().WALBytes; size > 2*walLimit {
 		t.Errorf("the log has grown to %d bytes", size)
 	}
@@ -106,6 +139,15 @@ func TestAnIdleReaderKeepsNothingInTheLog(t *testing.T) {
 	loadAnswer(t, s, answerKey(2)) // no row
 	loadKeys(t, s, notaryName, numberedName(1), numberedName(2))
 	if err := s.LoadKeys(notaryName, []matrix.ServerName{numberedName(1)}, func(ServerKeys) error { return errInjected }); err == nil {
+		t.Error("no error")
+	}
+	x := inboundTxn(1, 100, 2)
+	putBatch(t, s, &Batch{Inbound: []InboundTxn{x}})
+	accept(t, s, "a.test", "", 1, pdus(t, pdu("!r", 1, "1"), pdu("!r", 2, "2")))
+	wantInbound(t, s, &x)
+	loadInbound(t, s, 2, 0)
+	inboundPDUs(t, s, x.Origin, append(hashes(&x), [32]byte{}), 0)
+	if err := s.PendingPDUs("a.test", 9, func([]byte) (bool, error) { return true, errInjected }); err == nil {
 		t.Error("no error")
 	}
 	putBatch(t, s, &Batch{Answers: []Answer{anAnswer(2, 100)}})
@@ -127,7 +169,8 @@ func TestCloseWaitsForReadersAndRefusesOthers(t *testing.T) {
 	for range 20 {
 		path := newPath(t)
 		s := open(t, Options{Path: path})
-		putBatch(t, s, &Batch{Answers: []Answer{anAnswer(1, 20_000)}, Keys: []ServerKeys{someKeys(notaryName, 1, 20_000)}})
+		x := inboundTxn(1, 20_000, 5)
+		putBatch(t, s, &Batch{Answers: []Answer{anAnswer(1, 20_000)}, Keys: []ServerKeys{someKeys(notaryName, 1, 20_000)}, Inbound: []InboundTxn{x}})
 		var wg, reading sync.WaitGroup
 		var closed atomic.Bool
 		for range 4 {
@@ -140,6 +183,9 @@ func TestCloseWaitsForReadersAndRefusesOthers(t *testing.T) {
 					a, found, err := s.LoadAnswer(answerKey(1))
 					if err == nil {
 						err = s.LoadKeys(notaryName, []matrix.ServerName{numberedName(1)}, func(ServerKeys) error { return nil })
+					}
+					if err == nil {
+						_, found, err = s.InboundPDUs(x.Origin, hashes(&x), 0)
 					}
 					if i == 0 {
 						reading.Done()

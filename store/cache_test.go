@@ -81,7 +81,7 @@ func index(t testing.TB, s *Store, limit int) []AnswerInfo {
 	return list
 }
 
-// cacheKind is one of the two tables, for what holds for both.
+// cacheKind is one of the tables, for what holds for all.
 type cacheKind struct {
 	name    string
 	options func(rows int, bytes int64) Options
@@ -110,6 +110,16 @@ var cacheKinds = []cacheKind{
 			return len(loadKeys(t, s, notaryName, matrix.ServerName(numbered("s", i)))) > 0
 		},
 	},
+	{
+		"inbound",
+		func(rows int, bytes int64) Options { return Options{MaxInbound: rows, MaxInboundBytes: bytes} },
+		func(i, size int) *Batch { return &Batch{Inbound: []InboundTxn{inboundTxn(i, size, 0)}} },
+		func(s Stats) CacheTotals { return s.Inbound.CacheTotals },
+		func(t testing.TB, s *Store, i int) bool {
+			_, found := loadInbound(t, s, i, 0)
+			return found
+		},
+	},
 }
 
 func eachCache(t *testing.T, f func(*testing.T, cacheKind)) {
@@ -136,7 +146,7 @@ func from(first, end int) (list []int) {
 	return list
 }
 
-// auditCaches checks what must hold in both tables, and that the totals are right.
+// auditCaches checks what must hold in the tables, and that the totals are right.
 func auditCaches(t testing.TB, s *Store) {
 	t.Helper()
 	c := openRaw(t, s.opt.Path)
@@ -145,17 +155,23 @@ func auditCaches(t testing.TB, s *Store) {
 		"keys of the wrong size":    "SELECT count(*) FROM server_key WHERE size <> length(object)",
 		"answers twice":             "SELECT count(*) - count(DISTINCT key) FROM answer",
 		"keys twice":                "SELECT count(*) - count(DISTINCT via || ' ' || server) FROM server_key",
+		"inbound of the wrong size": "SELECT count(*) FROM inbound WHERE size <> length(list) + length(answer)",
+		"inbound twice":             "SELECT count(*) - count(DISTINCT key) FROM inbound",
+		"PDUs without a row":        "SELECT count(*) FROM inbound_pdu WHERE txn NOT IN (SELECT id FROM inbound)",
+		"PDUs too many or few":      "SELECT count(*) FROM inbound LEFT JOIN (SELECT txn, count(*) AS n FROM inbound_pdu GROUP BY txn) ON txn = id WHERE pdus <> coalesce(n, 0)",
+		"PDUs elsewhere":            "SELECT count(*) FROM inbound_pdu WHERE gen <> txn >> 12",
 	} {
 		if n := count(t, c, query); n != 0 {
 			t.Errorf("%d %s", n, what)
 		}
 	}
 	st := s.Stats()
-	for table, got := range map[string]CacheTotals{"answer": st.Answers, "server_key": st.Keys} {
+	for table, got := range map[string]CacheTotals{"answer": st.Answers, "server_key": st.Keys, "inbound": st.Inbound.CacheTotals} {
 		want(t, "totals of "+table, got, CacheTotals{
 			count(t, c, "SELECT count(*) FROM "+table), count(t, c, "SELECT coalesce(sum(size), 0) FROM "+table),
 		})
 	}
+	want(t, "PDUs of inbound", st.Inbound.PDUs, count(t, c, "SELECT count(*) FROM inbound_pdu"))
 	c.close()
 	c.stmts = nil
 }
@@ -371,6 +387,7 @@ func TestCachesAreBoundedInRows(t *testing.T) {
 		for i := range 200 {
 			one := k.put(i, 10)
 			b.Answers, b.Keys = append(b.Answers, one.Answers...), append(b.Keys, one.Keys...)
+			b.Inbound = append(b.Inbound, one.Inbound...)
 		}
 		putBatch(t, s, &b)
 		want(t, "kept of many", k.kept(t, s, 200), from(140, 200))
@@ -447,7 +464,7 @@ func TestTheBoundsOfCachesHoldAfterARollback(t *testing.T) {
 		// After a rollback they are counted, whether a bound is reached or not.
 		fail.Store(true)
 		wantErr(t, "commit", submit(t, s, k.put(40, 10)), errInjected)
-		if err := openRaw(t, o.Path).exec(t.Context(), "DELETE FROM answer WHERE id % 2; DELETE FROM server_key WHERE id % 2"); err != nil {
+		if err := openRaw(t, o.Path).exec(t.Context(), "DELETE FROM answer WHERE id % 2; DELETE FROM server_key WHERE id % 2; DELETE FROM inbound WHERE id % 2"); err != nil {
 			t.Fatal(err)
 		}
 		fail.Store(false)
@@ -455,7 +472,7 @@ func TestTheBoundsOfCachesHoldAfterARollback(t *testing.T) {
 		auditCaches(t, s)
 
 		// What a shell deletes is noticed before anything else is deleted in vain.
-		if err := openRaw(t, o.Path).exec(t.Context(), "DELETE FROM answer; DELETE FROM server_key"); err != nil {
+		if err := openRaw(t, o.Path).exec(t.Context(), "DELETE FROM answer; DELETE FROM server_key; DELETE FROM inbound"); err != nil {
 			t.Fatal(err)
 		}
 		for i := range 20 {
@@ -811,6 +828,11 @@ func TestAClosedStoreLooksNothingUp(t *testing.T) {
 	wantErr(t, "AnswerIndex", s.AnswerIndex(t.Context(), 1, nil), ErrClosed)
 	_, _, err = s.LatestVia()
 	wantErr(t, "LatestVia", err, ErrClosed)
+	_, _, err = s.LoadInbound("a.test", "1", 0)
+	wantErr(t, "LoadInbound", err, ErrClosed)
+	_, _, err = s.InboundPDUs("a.test", make([][32]byte, 1), 0)
+	wantErr(t, "InboundPDUs", err, ErrClosed)
+	wantErr(t, "PendingPDUs", s.PendingPDUs("a.test", 1, nil), ErrClosed)
 }
 
 // secondSchema makes a file as the fsbus before the caches made it.
@@ -843,7 +865,7 @@ func TestTheCachesComeWithTheThirdSchema(t *testing.T) {
 	closeStore(t, s)
 	closeStore(t, open(t, Options{Path: fresh}))
 	want(t, "schema", schema(t, path), schema(t, fresh))
-	want(t, "version", count(t, openRaw(t, path), "PRAGMA user_version"), int64(3))
+	want(t, "version", count(t, openRaw(t, path), "PRAGMA user_version"), int64(len(migrations)))
 }
 
 func TestTheThirdSchemaIsStillOpened(t *testing.T) {

@@ -131,3 +131,46 @@ func (s *Store) LoadItems(ctx context.Context, name matrix.ServerName, f func(Pe
 		})
 	})
 }
+
+// pendingPDUQuery yields the newest PDU of a destination before a number. What its
+// payload lies in may be gone in a damaged file; then it is NULL.
+var pendingPDUQuery = fmt.Sprintf(`SELECT i.seq, coalesce(i.bytes, b.bytes)
+	FROM item i LEFT JOIN payload p ON p.hash = i.hash LEFT JOIN body b ON b.id = p.body
+	WHERE i.dest = (SELECT id FROM dest WHERE name = ?1) AND i.lane = %d AND i.seq < ?2 ORDER BY i.seq DESC LIMIT 1`, matrix.LanePDU)
+
+// PendingPDUs calls each for the PDUs that are pending for a destination, those of a
+// frozen batch included, the newest first and at most limit of them, until it says
+// that it needs no more or returns an error, which PendingPDUs returns as it is. It has
+// one of them in memory at a time, sees whatever was completed before the call, and
+// holds up nobody while each runs, which may keep the PDU and call the store. What is
+// written or delivered meanwhile may show. A PDU of which the payload is damaged is
+// left out (Stats.Damaged), but counts.
+func (s *Store) PendingPDUs(dest matrix.ServerName, limit int, each func(pdu []byte) (more bool, err error)) error {
+	before := int64(maxSeq)
+	for range limit {
+		var pdu []byte
+		var bad error
+		found := false
+		err := s.lookUp("load pending PDUs", func(r *reader) error {
+			return r.pendingPDU.query(func(vals []driver.Value) error {
+				found = true
+				if err := scan(vals[:1], &before); err != nil {
+					return err
+				}
+				bad = scan(vals[1:], &pdu)
+				return nil
+			}, string(dest), before)
+		})
+		if !found || err != nil {
+			return err
+		}
+		if bad != nil {
+			s.leftOut("item", 1, bad)
+			continue
+		}
+		if more, err := each(pdu); !more || err != nil {
+			return err
+		}
+	}
+	return nil
+}

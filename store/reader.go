@@ -48,8 +48,10 @@ func (s *Store) read(ctx context.Context, op string, f func(*conn) error) error 
 // is first needed and stays. Between two calls it has no statement under way and so
 // no read transaction, which would keep the log from starting over.
 type reader struct {
-	conn         *conn
-	answer, keys *stmt
+	conn                *conn
+	answer, keys        *stmt
+	inbound, inboundPDU *stmt
+	pendingPDU          *stmt
 }
 
 // readers holds the one reader.
@@ -68,7 +70,10 @@ func newReader(path string) (*reader, error) {
 	for _, p := range []struct {
 		dst   **stmt
 		query string
-	}{{&r.answer, loadAnswerQuery}, {&r.keys, loadKeysQuery}} {
+	}{
+		{&r.answer, loadAnswerQuery}, {&r.keys, loadKeysQuery},
+		{&r.inbound, loadInboundQuery}, {&r.inboundPDU, inboundPDUQuery}, {&r.pendingPDU, pendingPDUQuery},
+	} {
 		if *p.dst, err = c.prepare(p.query); err != nil {
 			return nil, errors.Join(err, c.close())
 		}

@@ -17,10 +17,12 @@ type Stats struct {
 	LastCommit time.Duration // of the last transaction, from BEGIN to the end of COMMIT
 	MaxCommit  time.Duration // the longest so far
 
-	Outbox  OutboxTotals // what is stored
-	Answers CacheTotals  // of other servers, to be used again
-	Keys    CacheTotals  // of other servers
-	Damaged int64        // times that a row of Answers or Keys was left out, as it cannot be ours
+	Outbox      OutboxTotals  // what is stored
+	Answers     CacheTotals   // of other servers, to be used again
+	Keys        CacheTotals   // of other servers
+	Inbound     InboundTotals // transactions of other servers that were answered
+	InboundLeft int64         // those that were not stored, for want of room or as they are too large
+	Damaged     int64         // times that a row of what is looked up was left out, as it cannot be ours
 
 	QueueLen   int   // batches that wait for the writer
 	QueueBytes int64 // their size
@@ -61,6 +63,7 @@ func (c *counters) group(errs []error, rows, pruned int64, accepting bool, took 
 
 func (c *counters) set(t totals) {
 	c.s.Outbox, c.s.Answers, c.s.Keys = t.outbox, t.answers.totals, t.keys.totals
+	c.s.Inbound, c.s.InboundLeft = t.inbound.totals, t.inbound.left
 }
 
 // Stats returns the figures of this moment.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"sync"
@@ -32,6 +33,9 @@ const (
 	DefaultMaxAnswerBytes = 16 << 20
 	DefaultMaxKeys        = 10000    // the servers of the largest public rooms, or half of them by two ways
 	DefaultMaxKeyBytes    = 24 << 20 // at most: a key object has 1 KiB, and some have many old keys
+
+	DefaultMaxInbound      = 50000    // one each 1.7 seconds in InboundFor
+	DefaultMaxInboundBytes = 16 << 20 // 335 for each; one with a PDU takes 140
 )
 
 // Op names what Options.Fault is asked about.
@@ -95,6 +99,16 @@ type Options struct {
 	// default if that is less than DefaultMaxKeyBytes.
 	MaxKeys     int
 	MaxKeyBytes int64
+	// MaxInbound, MaxInboundBytes and MaxInboundPDUs bound the transactions of other
+	// servers, the sum of their answers and of what is kept of their PDUs (an event id
+	// and 17 or 18 bytes for each), and the number of these PDUs. Beyond them those that
+	// were written first are deleted, with their PDUs. Defaults: DefaultMaxInbound,
+	// DefaultMaxInboundBytes, and four for each of MaxInbound. None is written where the
+	// file is at MaxFileBytes, and the oldest go when the outbox needs the room and has
+	// that of all answers. Look-ups take the longer the larger MaxInbound is.
+	MaxInbound      int
+	MaxInboundBytes int64
+	MaxInboundPDUs  int
 	// Logger is told what no caller is waiting for; nil for nobody.
 	Logger *slog.Logger
 	// Fault is a seam for tests, nil in production. It is called right before
@@ -124,6 +138,7 @@ func (o *Options) check() error {
 		{"MaxItems", int64(o.MaxItems)}, {"MaxFileBytes", o.MaxFileBytes}, {"MaxAside", int64(o.MaxAside)},
 		{"MaxAsideBytes", o.MaxAsideBytes}, {"MaxAnswers", int64(o.MaxAnswers)}, {"MaxAnswerBytes", o.MaxAnswerBytes},
 		{"MaxKeys", int64(o.MaxKeys)}, {"MaxKeyBytes", o.MaxKeyBytes},
+		{"MaxInbound", int64(o.MaxInbound)}, {"MaxInboundBytes", o.MaxInboundBytes}, {"MaxInboundPDUs", int64(o.MaxInboundPDUs)},
 	} {
 		if n.val < 0 {
 			return fmt.Errorf("store: %s is %d", n.name, n.val)
@@ -145,6 +160,9 @@ func (o *Options) check() error {
 	fill(&o.MaxAnswerBytes, DefaultMaxAnswerBytes)
 	fill(&o.MaxKeys, DefaultMaxKeys)
 	fill(&o.MaxKeyBytes, min(DefaultMaxKeyBytes, o.MaxFileBytes/8))
+	fill(&o.MaxInbound, DefaultMaxInbound)
+	fill(&o.MaxInboundBytes, DefaultMaxInboundBytes)
+	fill(&o.MaxInboundPDUs, 4*min(o.MaxInbound, math.MaxInt/4))
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}

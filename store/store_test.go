@@ -176,6 +176,7 @@ func TestOptionsAreChecked(t *testing.T) {
 		{Path: path, CacheBytes: -1}, {Path: path, MaxGroup: -1}, {Path: path, QueueLen: -1},
 		{Path: path, QueueBytes: -1}, {Path: path, MaxHosts: -1}, {Path: path, MaxAnswers: -1},
 		{Path: path, MaxAnswerBytes: -1}, {Path: path, MaxKeys: -1}, {Path: path, MaxKeyBytes: -1},
+		{Path: path, MaxInbound: -1}, {Path: path, MaxInboundBytes: -1}, {Path: path, MaxInboundPDUs: -1},
 	} {
 		if _, err := Open(t.Context(), o); err == nil {
 			t.Errorf("%+v: no error", o)
@@ -228,11 +229,18 @@ func TestSizesCoverWhatABatchHolds(t *testing.T) {
 	if n := unsafe.Sizeof(ServerKeys{}); n > keysBytes {
 		t.Errorf("ServerKeys take %d bytes, counted as %d", n, keysBytes)
 	}
+	if n := unsafe.Sizeof(InboundTxn{}); n > inboundBytes {
+		t.Errorf("an InboundTxn takes %d bytes, counted as %d", n, inboundBytes)
+	}
+	if n := unsafe.Sizeof(InboundPDU{}); n > inboundPDUBytes {
+		t.Errorf("an InboundPDU takes %d bytes, counted as %d", n, inboundPDUBytes)
+	}
 	op := &Hold{Destination: "abc"}
 	b := Batch{Hosts: []Host{{Name: "abc", Error: "12345"}}, Forget: []matrix.ServerName{"x", "yz"}, Outbox: []OutboxOp{op, op}}
 	b.Answers = []Answer{{Header: make([]byte, 7), Body: make([]byte, 70)}, {}}
 	b.DropAnswers = make([][32]byte, 3)
 	b.Keys = []ServerKeys{{Via: "v", Server: "abc", Object: make([]byte, 700)}}
-	want(t, "size", b.size(), int64(batchBytes+hostBytes+3+5+2*nameBytes+3+2*opBytes)+2*op.size()+
+	b.Inbound = []InboundTxn{{Origin: "abc", ID: "12", Answer: make([]byte, 80), PDUs: []InboundPDU{{}, {EventID: "$abc"}}}, {}}
+	want(t, "size", b.size(), 2*inboundBytes+3+2+80+2*inboundPDUBytes+4+int64(batchBytes+hostBytes+3+5+2*nameBytes+3+2*opBytes)+2*op.size()+
 		2*answerBytes+77+3*answerKeyBytes+keysBytes+704)
 }

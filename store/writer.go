@@ -22,6 +22,7 @@ type writer struct {
 	outbox  *outbox
 	answers *answerTable
 	keys    *keyTable
+	inbound *inboundTable
 
 	begin, commit, rollback *stmt
 	save, undo, release     *stmt
@@ -58,19 +59,36 @@ func newWriter(ctx context.Context, c *conn, o *Options) (*writer, error) {
 	if w.answers, err = newAnswerTable(c, w.outbox); err != nil {
 		return nil, err
 	}
-	w.outbox.yield = w.answers.yield
-	w.keys, err = newKeyTable(c, w.outbox)
-	return w, err
+	if w.keys, err = newKeyTable(c, w.outbox); err != nil {
+		return nil, err
+	}
+	if w.inbound, err = newInboundTable(c, w.outbox); err != nil {
+		return nil, err
+	}
+	w.outbox.yield = w.yield
+	return w, nil
+}
+
+// yield makes room for the outbox: answers go first, which cost a request when they
+// are missed. A transaction that was answered costs the homeserver more, or is taken
+// for a new one by it.
+func (w *writer) yield(bytes int64) (int64, error) {
+	gone, err := w.answers.yield(bytes)
+	if gone == 0 && err == nil {
+		gone, err = w.inbound.yield(bytes)
+	}
+	return gone, err
 }
 
 // totals are those that are kept beside the tables.
 type totals struct {
 	outbox        OutboxTotals
 	answers, keys cacheState
+	inbound       inboundState
 }
 
 func (w *writer) totals() totals {
-	return totals{w.outbox.totals, w.answers.cacheState, w.keys.cacheState}
+	return totals{w.outbox.totals, w.answers.cacheState, w.keys.cacheState, w.inbound.inboundState}
 }
 
 // restore sets the totals to what they were before what was rolled back.
@@ -79,6 +97,7 @@ func (w *writer) restore(t totals) {
 	w.outbox.used = w.outbox.opt.MaxFileBytes // to be looked at
 	w.answers.restore(t.answers)
 	w.keys.restore(t.keys)
+	w.inbound.restore(t.inbound)
 }
 
 // start starts the writer's goroutine.
@@ -179,6 +198,7 @@ func (w *writer) transact(group []job, errs []error) (rows, pruned int64, err er
 		bound func() (int64, error)
 	}{
 		{"prune hosts", w.hosts.bound}, {"prune answers", w.answers.bound}, {"prune keys", w.keys.bound},
+		{"prune inbound", w.inbound.bound},
 	} {
 		n, err := t.bound()
 		if err != nil {
