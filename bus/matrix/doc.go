@@ -20,6 +20,9 @@
 //	edu.go            EDUs taken apart into items
 //	merge.go          what newer items make of older ones that wait
 //	builder.go        Builder, items packed into a transaction
+//	sendanswer.go     the answer to a PUT /send that we sent, and errors
+//	sendacks.go       the answer to one that came in: what it acknowledges
+//	eventid.go        the ids that an event may have, whatever its room's version
 //	class.go          Class, the priority classes
 //	outcome.go        Failure, how an attempt at a remote can fail
 //	errors.go         error codes and error bodies

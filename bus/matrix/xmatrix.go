@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode/utf8"
 )
 
 // What ParseXMatrix and VerifyRequest return, possibly wrapped.
@@ -38,8 +39,13 @@ type XMatrix struct {
 // white space and empty elements allowed around the commas, values as tokens or
 // quoted with backslash escapes. Values without quotes may hold any visible
 // character but a comma, a quote and a backslash, since older servers send
-// colons and slashes so. Unknown parameters are ignored; one of ours that comes
-// twice is refused, because another reader might believe the other one.
+// colons and slashes so. Unknown parameters are ignored.
+//
+// Refused is what another reader might believe to say something else, so that no two
+// servers take one request for that of two origins: a parameter of ours that comes
+// twice, a comma in its value, and a quoted value in which one follows after a comma.
+// Many readers, Synapse among them, split the header at its commas and know of quotes
+// only then.
 //
 // The error is ErrNotXMatrix or wraps ErrXMatrix; it never quotes the header.
 func ParseXMatrix(header string) (XMatrix, error) {
@@ -53,8 +59,9 @@ func ParseXMatrix(header string) (XMatrix, error) {
 	}
 	var (
 		x    XMatrix
-		seen [4]bool
+		seen [len(xMatrixParams)]bool
 	)
+	to := [len(xMatrixParams)]*string{&x.Origin, &x.Destination, &x.Key, &x.Sig}
 	for {
 		rest = strings.TrimLeft(rest, " \t,")
 		if rest == "" {
@@ -64,23 +71,25 @@ func ParseXMatrix(header string) (XMatrix, error) {
 		if !ok {
 			return XMatrix{}, fmt.Errorf("%w: at byte %d", ErrXMatrix, len(header)-len(rest))
 		}
+		if hidesParam(rest[:len(rest)-len(after)]) {
+			return XMatrix{}, fmt.Errorf("%w: a parameter in the value of another, at byte %d", ErrXMatrix, len(header)-len(rest))
+		}
 		rest = strings.TrimLeft(after, " \t")
 		if rest != "" && rest[0] != ',' {
 			return XMatrix{}, fmt.Errorf("%w: at byte %d", ErrXMatrix, len(header)-len(rest))
 		}
-		for i, p := range [...]struct {
-			name string
-			to   *string
-		}{{"origin", &x.Origin}, {"destination", &x.Destination}, {"key", &x.Key}, {"sig", &x.Sig}} {
-			if !strings.EqualFold(name, p.name) {
-				continue
-			}
-			if seen[i] {
-				return XMatrix{}, fmt.Errorf("%w: %s given twice", ErrXMatrix, p.name)
-			}
-			seen[i] = true
-			*p.to = value
+		i := xMatrixParam(name)
+		if i < 0 {
+			continue
 		}
+		if seen[i] {
+			return XMatrix{}, fmt.Errorf("%w: %s given twice", ErrXMatrix, xMatrixParams[i])
+		}
+		if strings.Contains(value, ",") {
+			return XMatrix{}, fmt.Errorf("%w: %s with a comma", ErrXMatrix, xMatrixParams[i])
+		}
+		seen[i] = true
+		*to[i] = value
 	}
 	if x.Key == "" || x.Sig == "" {
 		return XMatrix{}, fmt.Errorf("%w: key or sig missing", ErrXMatrix)
@@ -94,6 +103,29 @@ func ParseXMatrix(header string) (XMatrix, error) {
 		}
 	}
 	return x, nil
+}
+
+// xMatrixParams are the parameters that XMatrix shows, in the order of its members.
+var xMatrixParams = [...]string{"origin", "destination", "key", "sig"}
+
+// xMatrixParam returns the index of a name in xMatrixParams, or -1.
+func xMatrixParam(name string) int {
+	return slices.IndexFunc(xMatrixParams[:], func(p string) bool { return strings.EqualFold(name, p) })
+}
+
+// hidesParam reports whether a parameter, as it stands in the header, has in its value
+// what looks like one of ours to a reader that does not know of quotes.
+func hidesParam(param string) bool {
+	_, param, more := strings.Cut(param, ",")
+	for more {
+		var piece string
+		piece, param, more = strings.Cut(param, ",")
+		// Some trim what Unicode calls a space.
+		if name, _, ok := strings.Cut(piece, "="); ok && xMatrixParam(strings.TrimSpace(name)) >= 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // cutAuthParam reads one `name=value` at the start of s.
@@ -200,16 +232,20 @@ func SignRequest(key SigningKey, origin, destination, method, uri string, conten
 	}, nil
 }
 
+// urlSafe turns the URL-safe alphabet of base64 into the standard one.
+var urlSafe = strings.NewReplacer("-", "+", "_", "/")
+
 // VerifyRequest checks the signature of a request with the origin's public key
 // that x.Key names. x.Destination must be filled in (see XMatrix), content empty
 // for a request that has no body or whose method has none (GET). That the key is
-// the origin's, and still valid, is the caller's to know. The error is
+// the origin's, and still valid, is the caller's to know. The signature may be in
+// URL-safe base64 too, since Synapse and gomatrixserverlib take that. The error is
 // ErrSignature or wraps that or an error of AppendCanonical.
 func VerifyRequest(pub ed25519.PublicKey, x XMatrix, method, uri string, content []byte) error {
 	if !strings.HasPrefix(x.Key, keyAlgorithm+":") {
 		return fmt.Errorf("%w: unknown algorithm", ErrSignature)
 	}
-	sig, err := decodeBase64(x.Sig)
+	sig, err := decodeBase64(urlSafe.Replace(x.Sig))
 	if err != nil || len(sig) != ed25519.SignatureSize || len(pub) != ed25519.PublicKeySize {
 		return fmt.Errorf("%w: not an ed25519 key and signature", ErrSignature)
 	}
@@ -226,6 +262,13 @@ func VerifyRequest(pub ed25519.PublicKey, x XMatrix, method, uri string, content
 // appendSignedRequest appends the canonical JSON of the object that a request's
 // signature covers (S2S "Request Authentication", step 1).
 func appendSignedRequest(dst []byte, origin, destination, method, uri string, content []byte) ([]byte, error) {
+	// A string of JSON has no other bytes, and in place of those would be what is the
+	// same for many targets.
+	for _, s := range [...]string{origin, destination, method, uri} {
+		if !utf8.ValidString(s) {
+			return nil, fmt.Errorf("%w: what is signed is not UTF-8", ErrJSONSyntax)
+		}
+	}
 	const names = len(`{"content":,"destination":"","method":"","origin":"","uri":""}`)
 	dst = slices.Grow(dst, names+len(content)+len(destination)+len(method)+len(origin)+len(uri))
 	dst = append(dst, '{')

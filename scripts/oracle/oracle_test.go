@@ -1,6 +1,11 @@
 // Package oracle compares package matrix with gomatrixserverlib, which signs and
 // verifies for Dendrite, on generated inputs. It is a module of its own so that
 // the bus does not depend on that library. Run it with go test, in this directory.
+//
+// With a Synapse at hand it compares with that too: SYNAPSE_PYTHON is the command of
+// the Python that has it, for the lab's
+//
+//	SYNAPSE_PYTHON="chroot /tmp/lab/sid python3" go test ./...
 package oracle
 
 import (
