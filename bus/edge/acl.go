@@ -41,13 +41,13 @@ func checkPatterns(key string, list []string) error {
 	for _, s := range list {
 		switch {
 		case s == "" || len(s) > matrix.MaxServerName:
-			return fmt.Errorf("%s has a pattern of %d bytes, it must have 1 to %d", key, len(s), matrix.MaxServerName)
+			return fmt.Errorf("%s has a pattern of %d bytes, it must be one of 1 to %d", key, len(s), matrix.MaxServerName)
 		case strings.ContainsAny(s, "*?"):
 			globs++
 		}
 	}
 	if len(list) > maxPatterns || globs > maxGlobs {
-		return fmt.Errorf("%s has %d patterns, %d of them with * or ?: at most %d and %d", key, len(list), globs, maxPatterns, maxGlobs)
+		return fmt.Errorf("%s has %d patterns, %d of them with * or ?, it must be at most %d and %d", key, len(list), globs, maxPatterns, maxGlobs)
 	}
 	return nil
 }

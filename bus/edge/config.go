@@ -64,9 +64,12 @@ type Config struct {
 	// when they are many.
 	Ephemeral EphemeralMode
 	// EphemeralRate is how many of them the homeserver is given in a second, less
-	// under pressure. EphemeralHold is how long one waits before it is dropped,
-	// EphemeralWaiting how many may wait.
+	// under pressure, and EphemeralShare what part of its time they may take by its
+	// answer times, whichever is less. EphemeralHold is how long one waits before it is
+	// dropped: whatever its server has for us next waits behind it. EphemeralWaiting is
+	// how many may wait.
 	EphemeralRate    float64
+	EphemeralShare   float64
 	EphemeralHold    time.Duration
 	EphemeralWaiting int32
 
@@ -139,13 +142,13 @@ func Default() Config {
 	return Config{
 		NoKey:            PassNoKey,
 		PassRate:         5,
-		KeyFetches:       1000,
+		KeyFetches:       300,
 		Verifying:        64,
-		Unverified:       1000,
+		Unverified:       256,
 		UnverifiedBytes:  14 * sched.MiB,
-		Requests:         2200,
+		Requests:         512,
 		Bytes:            32 * sched.MiB,
-		Origins:          4000,
+		Origins:          2000,
 		Concurrency:      8,
 		Parallel:         16,
 		TxnQueue:         10,
@@ -156,8 +159,9 @@ func Default() Config {
 		OriginBurst:      20,
 		Ephemeral:        PaceEphemeral,
 		EphemeralRate:    20,
-		EphemeralHold:    40 * time.Second,
-		EphemeralWaiting: 2000,
+		EphemeralShare:   0.1,
+		EphemeralHold:    5 * time.Second,
+		EphemeralWaiting: 160,
 		JoinHold:         25 * time.Second,
 	}
 }
@@ -203,6 +207,8 @@ func (c *Config) Validate() error {
 		}
 	}
 	switch {
+	case !(c.EphemeralShare > 0 && c.EphemeralShare <= 1):
+		return fmt.Errorf("ephemeral_share is %v, it must be above 0 and at most 1", c.EphemeralShare)
 	case int(c.NoKey) >= len(noKeyNames):
 		return fmt.Errorf("no_key is %d, it must be one of %q", c.NoKey, noKeyNames)
 	case int(c.Ephemeral) >= len(ephemeralNames):

@@ -218,6 +218,9 @@ func (m *Machine) answered(c *call, ev Answered) {
 		if !c.origin.stranger && ev.Status < 500 && ev.Status != 429 {
 			l.window.answered(m.now, c.kind(), m.now.Sub(c.started), m.pressure < hard)
 			l.resize()
+			if c.band == BandEphemeral {
+				m.tookEphemeral(c)
+			}
 		}
 	}
 	if c.txn == nil {

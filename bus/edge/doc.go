@@ -91,7 +91,9 @@
 // # What may be dropped
 //
 // Only transactions that hold nothing but presence and typing, and only before they
-// are begun: when they are superseded by what waits of the same origin, are older
+// are begun. They are forwarded at EphemeralRate at most, less under pressure, and so
+// that they take EphemeralShare of the homeserver's time by its answer times. They
+// are dropped when they are superseded by what waits of the same origin, are older
 // than their expiry, have waited for EphemeralHold, or others need the room. They
 // are answered as if their content had been taken note of (Empty), and that is
 // stored. Everything else is answered by the homeserver, from the store, or with an

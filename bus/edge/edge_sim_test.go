@@ -163,6 +163,8 @@ func newSimWorld(t *testing.T, seed uint64, p simProfile) *simWorld {
 	c.Ephemeral = EphemeralMode(w.rng.IntN(3))
 	c.NoKey = NoKeyPolicy(w.rng.IntN(2))
 	c.EphemeralRate = 1 + 20*w.rng.Float64()
+	c.EphemeralShare = 0.05 + 0.9*w.rng.Float64()
+	c.EphemeralHold = time.Duration(1+w.rng.IntN(49)) * time.Second
 	c.EphemeralWaiting = 20 + w.rng.Int32N(100)
 	c.Unverified = 20 + w.rng.Int32N(200)
 	c.Deny = []string{"denied*"}
@@ -1029,7 +1031,7 @@ func TestSimulationPresenceStormSparesEvents(t *testing.T) {
 	slices.Sort(w.took)
 	p99 := w.took[len(w.took)*99/100]
 	t.Logf("%d transactions with events, p50 %s, p99 %s, max %s; of 2,050 %d reached the homeserver, %d were dropped", len(w.took), w.took[len(w.took)/2], p99, w.took[len(w.took)-1], w.counts["forward"], w.counts["empty"])
-	if w.turnedAway > 0 || p99 > 500*time.Millisecond || w.counts["forward"] < 500 || w.counts["empty"] < 500 {
+	if w.turnedAway > 0 || p99 > 500*time.Millisecond || w.counts["forward"] < 100 || w.counts["empty"] < 500 {
 		t.Errorf("%d refused, p99 %s, %d forwarded, %d dropped", w.turnedAway, p99, w.counts["forward"], w.counts["empty"])
 	}
 }

@@ -31,6 +31,7 @@ type rig struct {
 func newRig(t *testing.T, change func(*Config)) *rig {
 	t.Helper()
 	cfg := Default()
+	cfg.EphemeralShare, cfg.EphemeralHold, cfg.EphemeralWaiting = 1, 40*time.Second, 2000 // so that only the rate counts
 	if change != nil {
 		change(&cfg)
 	}
@@ -1003,6 +1004,34 @@ func TestPresenceIsPaced(t *testing.T) {
 	}
 }
 
+// Presence takes a share of the homeserver's time, however slow that is.
+func TestPresenceTakesAShareOfTheTime(t *testing.T) {
+	for _, tt := range []struct {
+		took time.Duration
+		want float64 // in a second
+	}{
+		{2 * time.Millisecond, 20}, // the rate
+		{10 * time.Millisecond, 10},
+		{50 * time.Millisecond, 2},
+		{500 * time.Millisecond, 0.2},
+		{3 * time.Second, 20}, // it waits for something else
+	} {
+		r := newRig(t, func(c *Config) { c.EphemeralShare, c.EphemeralRate, c.Concurrency = 0.1, 20, 8 })
+		for i := range 40 {
+			r.send(matrix.ServerName(fmt.Sprintf("s%d.test", i)), presence("1", uint64(i)))
+			for range 3 {
+				for _, f := range of[Forward](r.last) {
+					r.pass(tt.took)
+					r.answer(f.Op, 200)
+				}
+			}
+		}
+		if got := float64(r.m.pace.Limit()); got < tt.want*0.9 || got > tt.want*1.1 {
+			t.Errorf("answers take %s: %.2f in a second, want %.2f", tt.took, got, tt.want)
+		}
+	}
+}
+
 func TestPresenceModes(t *testing.T) {
 	r := newRig(t, func(c *Config) { c.Ephemeral = DropEphemeral })
 	a := r.send("a.test", presence("1", 1))
@@ -1452,6 +1481,7 @@ func TestConfigIsChecked(t *testing.T) {
 		"pass_rate":          func(c *Config) { c.PassRate = 0 },
 		"origin_rate":        func(c *Config) { c.OriginRate = -1 },
 		"ephemeral_rate":     func(c *Config) { c.EphemeralRate = 0 },
+		"ephemeral_share":    func(c *Config) { c.EphemeralShare = 1.1 },
 		"no_key":             func(c *Config) { c.NoKey = 9 },
 		"ephemeral ":         func(c *Config) { c.Ephemeral = 9 },
 		"origins":            func(c *Config) { c.Origins = c.Requests },

@@ -125,9 +125,36 @@ const (
 	calm, hard = 1500, 6000
 )
 
-// setPace sets the rate of presence and typing by the pressure on the host.
+const (
+	// slowest is the least rate of presence and typing in a second, however long the
+	// homeserver takes.
+	slowest = 0.1
+	// smoothing is how many answers count for the time that the homeserver takes over
+	// presence and typing.
+	smoothing = 8
+)
+
+// tookEphemeral notes how long the homeserver took over presence or typing. What waited for
+// something else than a processor does not count.
+func (m *Machine) tookEphemeral(c *call) {
+	if c.stalled {
+		return
+	}
+	took := m.now.Sub(c.started)
+	if m.ephemeral == 0 {
+		m.ephemeral = took
+	}
+	m.ephemeral += (took - m.ephemeral) / smoothing
+	m.setPace()
+}
+
+// setPace sets the rate of presence and typing by the time that the homeserver takes
+// over one, and by the pressure on the host.
 func (m *Machine) setPace() {
 	limit := m.cfg.EphemeralRate
+	if m.ephemeral > 0 {
+		limit = min(limit, max(slowest, m.cfg.EphemeralShare/m.ephemeral.Seconds()))
+	}
 	if over := min(m.pressure, hard) - calm; over > 0 {
 		limit *= 1 - 0.75*float64(over)/(hard-calm)
 	}

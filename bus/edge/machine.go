@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"time"
 
 	"golang.org/x/time/rate"
 
@@ -37,13 +38,15 @@ type Machine struct {
 	ops    map[OpID]*call
 	line   [NumBands]callList // calls that wait or are held back, the oldest first
 
-	lanes  [numLanes]lane
-	ready  [NumBands]originLine
-	turns  *sched.Stride
-	home   homeserver
-	pace   *rate.Limiter // of BandEphemeral
-	joins  joins
-	record recorder
+	lanes [numLanes]lane
+	ready [NumBands]originLine
+	turns *sched.Stride
+	home  homeserver
+	pace  *rate.Limiter // of BandEphemeral
+	// ephemeral is how long the homeserver takes over one of these, 0: not known
+	ephemeral time.Duration
+	joins     joins
+	record    recorder
 
 	timers sched.Timers[timer]
 	wake   *sched.Timer[timer] // something that waits for a moment may begin

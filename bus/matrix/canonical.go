@@ -13,8 +13,7 @@ import (
 // they keep the work that one hostile body can cause proportional to its size.
 const (
 	// MaxJSONDepth is how deep arrays and objects may nest, the outermost
-	// counted. It is CPython's recursion limit, so that whatever Synapse can
-	// read and write again, the bus can too.
+	// counted. Nothing that servers send comes near it.
 	MaxJSONDepth = 1000
 	// MaxJSONMembers is how many members the objects around any one point may
 	// have in all. Each costs 16 bytes (32 on 64-bit) while its object is open.

@@ -40,7 +40,7 @@ func (n *Node) write(a answer) {
 	case a.taken:
 		err = a.in.Reply(200, nil, takenBody)
 	case a.refusal != nil:
-		err = a.in.Reply(a.refusal.Status, nil, refusalBody(a.refusal))
+		err = a.in.Reply(a.refusal.Status, nil, errorBody(a.refusal.Code, a.refusal.Text, a.refusal.RetryAfter))
 	case a.keys != nil:
 		err = n.writeKeys(a.in, a.keys)
 	default:
@@ -86,13 +86,13 @@ func (n *Node) unwritten(a answer, err error) {
 	a.in.Abort()
 }
 
-func refusalBody(r *bus.Refuse) []byte {
-	body := matrix.ErrorJSON(r.Code, r.Text)
-	if r.RetryAfter > 0 {
+// errorBody is the body of an error, with retry_after_ms if that is not 0.
+func errorBody(code, text string, retryAfter int64) []byte {
+	body := matrix.ErrorJSON(code, text)
+	if retryAfter > 0 {
 		// Of the members that ErrorJSON writes, "retry_after_ms" sorts last.
 		body = append(body[:len(body)-1], `,"retry_after_ms":`...)
-		body = strconv.AppendInt(body, r.RetryAfter, 10)
-		body = append(body, '}')
+		body = append(strconv.AppendInt(body, retryAfter, 10), '}')
 	}
 	return body
 }

@@ -56,6 +56,16 @@ const (
 	// be.
 	keyWantCost = 100 * sched.Bytes(1)
 	maxKeyWants = 10000
+	// Of the edge: a connection with TLS (57 KiB resident, measured, with HTTP/2 a
+	// little more), a request that waits on one, beside its body (6 KiB measured), one
+	// whose body is being read, one that the homeserver works on with its answer's way
+	// through the copy buffer, a server that is remembered, and a key at hand.
+	edgeConnCost    = 58 * sched.KiB
+	edgeRequestCost = 6 * sched.KiB
+	edgeReadingCost = 48 * sched.KiB
+	forwardCost     = 60 * sched.KiB
+	originCost      = 400 * sched.Bytes(1)
+	ringCost        = 256 * sched.Bytes(1)
 	// scanCost is what a scanner knows of the room whose answer it looks through.
 	scanCost = sched.MiB
 )
@@ -66,6 +76,11 @@ const (
 	workerGoroutines = 7
 	// idleGoroutines read and write a connection; HTTP/2 needs only one.
 	idleGoroutines = 2
+	// edgeConnGoroutines are those of a connection of HTTP/2 and of a request on it,
+	// or of one of HTTP/1.1 while a request on it waits.
+	edgeConnGoroutines = 3
+	// forwardGoroutines forward a request, and read and write its connection.
+	forwardGoroutines = 3
 	// readingGoroutines read a connection's request.
 	readingGoroutines = 1
 	// fixedGoroutines are those that every node has: the loop, the store's writer, the watcher of parked
@@ -135,6 +150,23 @@ func (c *Config) Budget() Budget {
 		add("transactions being made", "outbox.max_transaction_bytes", 2, c.Outbox.MaxTransactionBytes)
 		add("servers with a queue", "outbox.max_destinations", c.Outbox.MaxDestinations, queueCost)
 		add("who is in which room", "outbox.ack_memory", 1, c.Outbox.AckMemory)
+	}
+	if e := &c.Edge; c.hasEdge() {
+		forwards := e.Concurrency + e.Parallel
+		add("servers' connections", "edge.max_connections", e.MaxConnections, edgeConnCost)
+		add("servers' requests", "edge.requests", e.Requests+e.Unverified, edgeRequestCost)
+		add("servers' bodies", "edge.spool_memory", 1, e.SpoolMemory)
+		add("of them, being read", "edge.max_reading", e.MaxReading, edgeReadingCost)
+		add("at the homeserver", "edge.parallel", forwards, forwardCost)
+		add("origins remembered", "edge.origins", e.Origins, originCost)
+		add("keys at hand", "", 2*maxRing, ringCost)
+		b.Goroutines += e.MaxConnections*edgeConnGoroutines + forwards*forwardGoroutines + verifiers + len(e.Listen)
+		b.FileDescriptors += e.MaxConnections + forwards + spoolFiles
+		if e.PassClient {
+			add("clients' requests", "", clientRequests, forwardCost)
+			b.FileDescriptors += clientRequests
+			b.Goroutines += 2 * clientRequests
+		}
 	}
 	return b
 }

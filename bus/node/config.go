@@ -54,6 +54,7 @@ type Config struct {
 	Joins      JoinsConfig      `toml:"joins"`
 	Media      MediaConfig      `toml:"media"`
 	Outbox     OutboxConfig     `toml:"outbox"`
+	Edge       EdgeConfig       `toml:"edge"`
 	Federation FederationConfig `toml:"federation"`
 	Status     StatusConfig     `toml:"status"`
 }
@@ -394,6 +395,7 @@ func DefaultConfig() Config {
 		},
 		Media:  MediaConfig{CacheDisk: core.MediaBytes, CacheFor: Duration(core.MediaFor)},
 		Outbox: defaultOutbox(),
+		Edge:   defaultEdge(),
 		Federation: FederationConfig{
 			IPRangeBlocklist: netx.DefaultBlocklist(),
 			IPRangeAllowlist: []string{},

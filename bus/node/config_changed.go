@@ -7,7 +7,7 @@ import (
 )
 
 // coreSections are those with limits of the core.
-var coreSections = []string{"outbound", "keys", "joins", "media", "outbox"}
+var coreSections = []string{"outbound", "keys", "joins", "media", "outbox", "edge"}
 
 // Changed returns the keys in which new differs from old: those that a running
 // bus takes over, and those that need a restart.
@@ -53,7 +53,8 @@ func (c *Config) merge(new *Config) (merged Config, applied, needRestart []strin
 				needRestart = append(needRestart, f.key())
 			}
 		}
-		if b := merged.Budget(); b.Memory <= b.Limit && merged.Core().Validate() == nil {
+		inbound := merged.Edge.core()
+		if b := merged.Budget(); b.Memory <= b.Limit && merged.Core().Validate() == nil && (!merged.hasEdge() || inbound.Validate() == nil) {
 			break
 		}
 	}

@@ -36,7 +36,7 @@ const (
 	maxEntries = 1000
 	// maxMistakes is how many mistakes of a file are reported. It is more than
 	// there are keys: a file with more is no configuration of fsbus.
-	maxMistakes = 100
+	maxMistakes = 200
 	// maxSecretFile bounds the file of the secret, and so what the homeserver
 	// has to send with each request.
 	maxSecretFile = sched.KiB
@@ -91,6 +91,7 @@ func (k *checker) check() {
 	k.federation()
 	k.status()
 	k.admin()
+	k.edge(numbersFine)
 	if numbersFine { // else what contradicts what would be a guess
 		k.disk()
 		k.core()
@@ -402,6 +403,10 @@ func (k *checker) disk() {
 		k.bad("media.cache_disk", fmt.Sprintf("is %s, which together with joins.keep_disk (%s) is more than outbound.spool_disk (%s)", tomlValue(media), tomlValue(keep), tomlValue(spool)),
 			"at most "+tomlValue(spool-keep)+", or a lower joins.keep_disk, or a higher outbound.spool_disk")
 	}
+	if file := k.c.Outbox.MaxDisk; k.c.hasEdge() && k.c.Edge.RecordDisk > file/4 {
+		k.bad("edge.record_disk", fmt.Sprintf("is %s, more than a quarter of outbox.max_disk (%s), which bounds the database", tomlValue(k.c.Edge.RecordDisk), tomlValue(file)),
+			"at most "+tomlValue(file/4)+", or a higher outbox.max_disk")
+	}
 	// Keys are stored even when the database is full, at the outbox's expense.
 	if file := k.c.Outbox.MaxDisk; k.c.Keys.CacheDisk > file/2 {
 		k.bad("keys.cache_disk", fmt.Sprintf("is %s, more than half of outbox.max_disk (%s), which bounds the database", tomlValue(k.c.Keys.CacheDisk), tomlValue(file)),
@@ -535,6 +540,7 @@ func (c *Config) Warnings() []string {
 			warn("front.listen: port 0 is another port after each start")
 		}
 	}
+	c.edgeWarnings(warn)
 	if len(c.Federation.IPRangeBlocklist) == 0 {
 		warn("federation.ip_range_blocklist is empty: any server can make fsbus connect to private addresses")
 	}

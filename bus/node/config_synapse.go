@@ -10,10 +10,10 @@ import (
 )
 
 // SynapseConfig returns the lines for homeserver.yaml that make Synapse send
-// its federation requests to the first address of Front.Listen, and ask the bus
-// for keys if it is a notary. For that the notary's key is made if it is missing;
-// an error is one of that key. A secret that is in the configuration itself is not
-// shown.
+// its federation requests to the first address of Front.Listen, take those of others
+// from the edge, and ask the bus for keys if it is a notary. For that the notary's key
+// is made if it is missing; an error is one of that key. A secret that is in the
+// configuration itself is not shown.
 func (c *Config) SynapseConfig() (string, error) {
 	var b strings.Builder
 	b.WriteString("# For homeserver.yaml of Synapse 1.89 or newer. An instance_map that is there\n" +
@@ -36,6 +36,7 @@ func (c *Config) SynapseConfig() (string, error) {
 		b.WriteString("# worker_replication_secret: the text that is secret in [front] of the\n" +
 			"# configuration of fsbus, which is not shown here.\n")
 	}
+	c.edgeListener(&b)
 	if !c.Keys.Notary {
 		return b.String(), nil
 	}
@@ -53,6 +54,26 @@ func (c *Config) SynapseConfig() (string, error) {
 		"    verify_keys:\n"+
 		"      %s: %s\n", yamlText(string(c.Keys.NotaryName)), yamlText(key.ID()), yamlText(base64.RawStdEncoding.EncodeToString(key.Public())))
 	return b.String(), nil
+}
+
+// edgeListener adds the listener to which the edge takes what comes from outside.
+func (c *Config) edgeListener(b *strings.Builder) {
+	if !c.hasEdge() {
+		return
+	}
+	b.WriteString("# Other servers connect to fsbus. Of the listeners, the one for federation is\n" +
+		"# this; no other one has federation, and nobody from outside can reach it.\n" +
+		"#  - type: http\n")
+	if path, ok := strings.CutPrefix(c.Edge.Homeserver, "unix:"); ok {
+		fmt.Fprintf(b, "#    path: %s\n", yamlText(path))
+	} else {
+		host, port, err := net.SplitHostPort(strings.TrimSuffix(strings.TrimPrefix(c.Edge.Homeserver, "http://"), "/"))
+		if err != nil {
+			host, port = "127.0.0.1", "80" // it names no port
+		}
+		fmt.Fprintf(b, "#    bind_addresses: [%s]\n#    port: %s\n", yamlText(host), port)
+	}
+	b.WriteString("#    x_forwarded: true\n#    resources: [{names: [federation]}]\n")
 }
 
 // yamlText returns s in double quotes. What Go escapes YAML escapes alike

@@ -212,6 +212,48 @@ max_destination_items = 5000
 max_destination_bytes = "8MiB"
 max_items = 100000
 max_disk = "1GiB"
+[edge]
+listen = ["unix:edge.sock", "0.0.0.0:8448"]
+homeserver = "unix:synapse.sock"
+tls_cert = "cert.pem"
+tls_key = "key.pem"
+trusted_proxies = ["127.0.0.1", "10.0.0.0/8"]
+well_known = "matrix.example.org:443"
+pass_client = true
+max_connections = 64
+max_connections_per_address = 4
+max_reading = 8
+header_timeout = "5s"
+body_timeout = "20s"
+idle_timeout = "1m"
+deny = ["*.evil.test"]
+allow = ["*.test"]
+allow_ip_literals = false
+no_key = "refuse"
+pass_rate = 1
+key_fetches = 100
+unverified = 32
+unverified_bytes = "16MiB"
+requests = 128
+request_bytes = "16MiB"
+spool_memory = "512KiB"
+origins = 1000
+concurrency = 2
+parallel = 4
+transaction_queue = 5
+origin_bytes = "13MiB"
+origin_queue = 60
+origin_parallel = 2
+origin_rate = 5
+origin_burst = 10
+ephemeral = "drop"
+ephemeral_rate = 10
+ephemeral_share = 0.5
+ephemeral_hold = "20s"
+ephemeral_waiting = 100
+join_hold = "10s"
+record_entries = 1000
+record_disk = "2MiB"
 [federation]
 ip_range_blocklist = []
 ip_range_allowlist = ["10.0.0.0/8"]
@@ -223,6 +265,7 @@ admin = "unix:../other.sock"
 `
 	dir := t.TempDir()
 	keyFile(t, dir, 7)
+	certFiles(t, dir, "example.org")
 	c, err := parseConfig("FILE", dir, text)
 	if err != nil {
 		t.Fatal(err)
@@ -648,6 +691,8 @@ func TestWarnings(t *testing.T) {
 		{"127.0.0.1:8009", "localhost:8009", ""},
 		{"127.0.0.1:8009", "[::1]:0", "front.listen: port 0 is another port after each start"},
 		{`["127.0.0.1:8009"]`, "[\":8009\"]\nallow_remote = true", `front.listen: ":8009" crosses the network unencrypted, secret included`},
+		{"[homeserver]", "edge.listen = [\":8448\"]\nedge.homeserver = \"http://127.0.0.1:8008\"\nmemory_limit = \"96MiB\"\n[homeserver]", `edge.listen: ":8448" is reached without TLS, which other servers do not speak: set tls_cert and tls_key, or listen on 127.0.0.1 behind a proxy`},
+		{"[homeserver]", "edge.listen = [\"127.0.0.1:8448\"]\nedge.homeserver = \"http://127.0.0.1:8008\"\nmemory_limit = \"96MiB\"\n[homeserver]", `edge.trusted_proxies is empty: without it all that comes through a proxy at "127.0.0.1:8448" counts as one address`},
 		{"[homeserver]", "federation.ip_range_blocklist = []\n[homeserver]", "federation.ip_range_blocklist is empty: any server can make fsbus connect to private addresses"},
 	} {
 		c := mustParse(t, strings.Replace(minimal, tt.from, tt.to, 1))
@@ -703,6 +748,29 @@ worker_replication_secret_path: "/etc/fsbus/secret"
 		c.Front.SecretPath = tt.secretPath
 		if got := synapseConfig(t, &c); got != tt.want {
 			t.Errorf("%s: got\n%s\nwant\n%s", tt.listen, got, tt.want)
+		}
+	}
+}
+
+func TestSynapseConfigOfAnEdge(t *testing.T) {
+	const want = `# Other servers connect to fsbus. Of the listeners, the one for federation is
+# this; no other one has federation, and nobody from outside can reach it.
+#  - type: http
+%s
+#    x_forwarded: true
+#    resources: [{names: [federation]}]
+`
+	for homeserver, lines := range map[string]string{
+		"http://127.0.0.1:8008":  `#    bind_addresses: ["127.0.0.1"]` + "\n#    port: 8008",
+		"http://[::1]:8008/":     `#    bind_addresses: ["::1"]` + "\n#    port: 8008",
+		"http://localhost":       `#    bind_addresses: ["127.0.0.1"]` + "\n#    port: 80",
+		"unix:/run/synapse.sock": `#    path: "/run/synapse.sock"`,
+	} {
+		c := DefaultConfig()
+		c.Front.SecretPath = "/etc/fsbus/secret"
+		c.Edge.Listen, c.Edge.Homeserver = []string{":8448"}, homeserver
+		if got, want := synapseConfig(t, &c), fmt.Sprintf(want, lines); !strings.HasSuffix(got, want) {
+			t.Errorf("%s: got\n%s\nwant at the end\n%s", homeserver, got, want)
 		}
 	}
 }

@@ -39,6 +39,22 @@
 //  3. The answer to a join is looked through while it arrives, by a scanner that
 //     reads the spooled body beside everybody else (scan.go).
 //
+// What other servers send, if there is an edge (edge.go), goes the other way:
+//
+//  1. Its listener (netx) refuses what is malformed, and what the bus knows itself is
+//     answered, before a body is read (edge_ingest.go). Then edgeShell.ingest parses a
+//     transaction for its kinds, keys, rooms and hashes, and posts edge.Arrived. That
+//     core is on the same loop, and meets the other only in KeyWanted, Alive and
+//     JoinWindow.
+//  2. A verifier checks the signatures with keys at hand or from the store
+//     (keyring.go); a key that is missing is fetched by the outbound core's key desk.
+//  3. A reader looks the transaction up in the store (edge_store.go), a forwarder
+//     takes it to the homeserver (edge_forward.go) and writes the answer into a
+//     spooled body, and what was acknowledged is stored before it is passed on.
+//  4. The request's own goroutine writes the answer (edge_execute.go), so readers that
+//     are slow hold up nobody. Requests have a spool of their own, so that nothing
+//     from outside takes the room of what goes out.
+//
 // Of bodies that are so large that they lie on disk, one is in memory at a time
 // where transactions are taken apart or signed (bulk), and one more where
 // the store packs or loads.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"fsbus/bus"
+	"fsbus/bus/edge"
 	"fsbus/netx"
 	"fsbus/store"
 )
@@ -23,15 +24,19 @@ type held struct {
 
 // execute does what the core asks for, in order. It runs on the loop's
 // goroutine and never blocks.
-func (n *Node) execute(effects []bus.Effect) {
+func (n *Node) execute(effects []effect) {
 	look := n.hooks.effect
 	if look == nil {
 		look = func(bus.Effect, bool) {}
 	}
 	for _, e := range effects {
-		look(e, false)
-		n.perform(e)
-		look(e, true)
+		if e.edge != nil {
+			n.edge.perform(e.edge)
+			continue
+		}
+		look(e.Effect, false)
+		n.perform(e.Effect)
+		look(e.Effect, true)
 	}
 }
 
@@ -98,6 +103,12 @@ func (n *Node) perform(e bus.Effect) {
 		n.compact(e)
 	case bus.Expire:
 		n.expire(e)
+	case bus.KeyFetched:
+		n.edge.fetched(e.For)
+	case bus.JoinWindow:
+		if n.edge != nil {
+			n.edge.inject(edge.Joining{Room: e.Room, Open: e.Open})
+		}
 	case bus.Drained:
 		close(n.drained)
 	default:

@@ -55,5 +55,8 @@ func (n *Node) health() string {
 	if why := n.takeover.reason(); why != "" {
 		return "the outbox stands still, transactions are carried through: " + why
 	}
+	if why := n.edge.health(); why != "" {
+		return why
+	}
 	return "ok"
 }

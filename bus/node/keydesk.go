@@ -65,6 +65,9 @@ func (n *Node) queryKeys(in *netx.Inbound, a bus.Arrived, own bool) bool {
 	if err != nil {
 		return false
 	}
+	if n.edge != nil && !own {
+		n.edge.ring.notary(in.Destination)
+	}
 	n.loop.Post(event{in: in, Event: bus.KeyQuery{Arrived: a, Own: own, Wants: wants}})
 	return true
 }

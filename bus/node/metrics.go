@@ -107,6 +107,7 @@ func writeMetrics(w io.Writer, r *Report) error {
 	for _, k := range r.Hosts.Ranks {
 		e.sample("fsbus_workers", float64(k.Workers), "rank", k.Rank)
 	}
+	e.one("fsbus_hosts_revived_total", "counter", "Destinations tried early, as something came from them.", float64(r.Hosts.Revived))
 	e.one("fsbus_hosts_backing_off", "gauge", "Destinations that are left alone for now.", float64(r.Hosts.BackingOff))
 
 	e.family("fsbus_cache_entries", "gauge", "Entries of each cache.")
@@ -122,6 +123,8 @@ func writeMetrics(w io.Writer, r *Report) error {
 	e.joins(&r.Joins, &r.Keys)
 
 	e.outbox(r.Outbox)
+
+	e.edge(r.Edge)
 
 	e.one("fsbus_store_commits_total", "counter", "Transactions made durable.", float64(r.Store.Commits))
 	e.one("fsbus_store_commits_accepting_total", "counter", "Those with transactions of the homeserver.", float64(r.Store.Accepting))

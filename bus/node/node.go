@@ -14,10 +14,12 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"sync/atomic"
 	"time"
 
 	"fsbus/bus"
+	"fsbus/bus/edge"
 	"fsbus/bus/matrix"
 	"fsbus/netx"
 	"fsbus/sched"
@@ -51,7 +53,7 @@ type Node struct {
 
 	clock  *sched.Clock
 	core   *bus.Machine
-	loop   *sched.Loop[event, bus.Effect]
+	loop   *sched.Loop[event, effect]
 	store  *store.Store
 	spool  *netx.Spool
 	client *netx.Client
@@ -72,8 +74,9 @@ type Node struct {
 	errands    map[bus.OpID]*errand
 
 	bulk      bulk
-	takeover  *takeover // nil: there is no outbox
-	notary    *notary   // nil: the bus is none
+	takeover  *takeover  // nil: there is no outbox
+	notary    *notary    // nil: the bus is none
+	edge      *edgeShell // nil: other servers do not connect to the bus
 	keyCounts keyCounts
 	scanned   scanCounts
 	replies   replyCounts
@@ -92,9 +95,10 @@ type Node struct {
 type hooks struct {
 	// event is called before the core gets an event, effect before and after an
 	// effect is executed; both on the loop's goroutine.
-	event  func(bus.Event)
-	effect func(e bus.Effect, done bool)
-	fault  func(store.Op) error // see store.Options
+	event     func(bus.Event)
+	edgeEvent func(edge.Event)
+	effect    func(e bus.Effect, done bool)
+	fault     func(store.Op) error // see store.Options
 }
 
 // job is what a sender does.
@@ -103,23 +107,69 @@ type job interface {
 	crashed(*Node, error)
 }
 
-// event is what enters the loop: an event of the core, with another one that
-// follows at once if then is set, and what the core never sees: for an Arrived, a
-// KeyQuery and an Offered the request itself, for a Packed the transaction, for a
-// Loaded the answer.
+// event is what enters the loop: an event of one core, or of both, with another one
+// that follows at once if then is set, and what the cores never see: for an Arrived,
+// a KeyQuery and an Offered the request itself, for a Packed the transaction, for a
+// Loaded the answer, and that a signature cannot be checked without a key.
 type event struct {
 	bus.Event
 	then   bus.Event
 	in     *netx.Inbound
 	packed *packed
 	loaded *attempt
+
+	edge, edgeThen edge.Event
+	caller         *caller
+	wants          *keyWish
 }
 
-// machine lets the loop run the core while the node keeps its own books of
-// what has arrived and left.
-type machine struct{ n *Node }
+// effect is what one of the cores wants done.
+type effect struct {
+	bus.Effect
+	edge edge.Effect
+}
 
-func (m machine) Step(now sched.Time, ev event, out []bus.Effect) []bus.Effect {
+// machine lets the loop run both cores while the node keeps its own books of
+// what has arrived and left.
+type machine struct {
+	n    *Node
+	out  []bus.Effect // of one step
+	edge []edge.Effect
+}
+
+func (m *machine) Step(now sched.Time, ev event, out []effect) []effect {
+	if ev.wants != nil {
+		ev.Event = m.n.edge.wish(ev.wants)
+	}
+	if ev.Event != nil {
+		out = m.outbound(now, ev, out)
+	}
+	if ev.edge != nil && m.n.edge != nil {
+		out = m.inbound(now, ev, out)
+	}
+	return out
+}
+
+func (m *machine) inbound(now sched.Time, ev event, out []effect) []effect {
+	s := m.n.edge
+	switch e := ev.edge.(type) {
+	case edge.Arrived:
+		s.requests[e.Req] = ev.caller
+	case edge.Gone:
+		s.ended(e.Req)
+	}
+	m.edge = s.step(now, ev.edge, m.edge[:0])
+	if ev.edgeThen != nil {
+		m.edge = s.step(now, ev.edgeThen, m.edge)
+	}
+	for _, e := range m.edge {
+		out = append(out, effect{edge: e})
+	}
+	clear(m.edge)
+	return out
+}
+
+func (m *machine) outbound(now sched.Time, ev event, out []effect) []effect {
 	switch e := ev.Event.(type) {
 	case bus.Arrived:
 		m.n.requests[e.Req] = &held{in: ev.in}
@@ -138,21 +188,36 @@ func (m machine) Step(now sched.Time, ev event, out []bus.Effect) []bus.Effect {
 	case bus.Gone:
 		m.n.ended(e.Req)
 	}
-	out = m.step(now, ev.Event, out)
+	m.out = m.step(now, ev.Event, m.out[:0])
 	if ev.then != nil {
-		out = m.step(now, ev.then, out)
+		m.out = m.step(now, ev.then, m.out)
 	}
+	for _, e := range m.out {
+		out = append(out, effect{Effect: e})
+	}
+	clear(m.out)
 	return out
 }
 
-func (m machine) step(now sched.Time, ev bus.Event, out []bus.Effect) []bus.Effect {
+func (m *machine) step(now sched.Time, ev bus.Event, out []bus.Effect) []bus.Effect {
 	if look := m.n.hooks.event; look != nil {
 		look(ev)
 	}
 	return m.n.core.Step(now, ev, out)
 }
 
-func (m machine) NextWake() (sched.Time, bool) { return m.n.core.NextWake() }
+func (m *machine) NextWake() (sched.Time, bool) {
+	at, ok := m.n.core.NextWake()
+	if m.n.edge != nil {
+		if in, any := m.n.edge.core.NextWake(); any && (!ok || in < at) {
+			return in, true
+		}
+	}
+	return at, ok
+}
+
+// tick is what the loop does when a moment that NextWake named has come.
+var tick = event{Event: bus.Tick{}, edge: edge.Tick{}}
 
 // New assembles a bus from a valid configuration. It opens the store and the
 // spool but serves nothing yet.
@@ -194,6 +259,7 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 		// To the store, 0 is its default.
 		MaxAnswers: max(1, cfg.Outbound.CacheEntries), MaxAnswerBytes: max(1, int64(cfg.Outbound.CacheDisk)),
 		MaxKeys: cfg.Keys.CacheEntries, MaxKeyBytes: int64(cfg.Keys.CacheDisk),
+		MaxInbound: cfg.Edge.RecordEntries, MaxInboundBytes: int64(cfg.Edge.RecordDisk),
 	})
 	if err != nil {
 		return nil, err
@@ -220,7 +286,14 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 	rand.Read(seed[:])
 	n.core = bus.New(cfg.Core(), mathrand.New(mathrand.NewChaCha8(seed)))
 	log.Debug("core made", "seed", fmt.Sprintf("%x", binary.BigEndian.Uint64(seed[:])))
-	n.loop = sched.NewLoop(machine{n}, n.clock.Now, event{Event: bus.Tick{}}, eventQueue, n.execute)
+	rand.Read(seed[:])
+	if n.edge, err = newEdge(n, cfg, seed); err != nil {
+		return nil, err
+	}
+	if n.edge != nil && n.takeover != nil {
+		n.takeover.sent = n.edge.gaps.sent
+	}
+	n.loop = sched.NewLoop(&machine{n: n}, n.clock.Now, tick, eventQueue, n.execute)
 	return n, nil
 }
 
@@ -289,15 +362,20 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 	replies := int(cfg.Front.MaxConnections) + smallRepliers
 	n.small = sched.NewPool(smallRepliers, replies, n.write, n.unwritten)
 	n.large = sched.NewPool(largeRepliers, replies, n.write, n.unwritten)
-	// One for each request, and for each call that failed, and what scans ask for.
-	reads := int(cfg.Front.MaxConnections) + int(cfg.Outbound.MaxHosts) + maxKeyWants
+	// One for each request, from either side, and for each call that failed, and what
+	// scans ask for.
+	reads := int(cfg.Front.MaxConnections) + int(cfg.Outbound.MaxHosts) + maxKeyWants + cfg.edgeJobs()
 	n.readers = sched.NewPool(storeReaders, reads, func(j readJob) { j.run(n) }, func(j readJob, err error) { j.crashed(n, err) })
+	if n.edge != nil {
+		n.edge.start(cfg)
+		n.edge.ring.notary(notary)
+	}
 	n.scanners = sched.NewPool(scanners, maxScans, func(s *scan) { s.run(n) }, func(s *scan, err error) { s.crashed(n, err) })
 
 	loopCtx, cancelLoop := context.WithCancel(context.Background())
 	defer cancelLoop()
 	looped := make(chan struct{})
-	failed := make(chan error, len(listeners.front)+2)
+	failed := make(chan error, len(listeners.front)+len(listeners.edge)+2)
 	serve(loopCtx, func(ctx context.Context) {
 		defer close(looped)
 		n.loop.Run(ctx)
@@ -309,6 +387,9 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 				failed <- fmt.Errorf("front %s: %w", ln.Addr(), err)
 			}
 		})
+	}
+	if n.edge != nil {
+		n.edge.serve(ctx, listeners.edge, failed)
 	}
 	status := ""
 	var page *http.Server
@@ -345,7 +426,7 @@ func (n *Node) attend(ctx context.Context, failed <-chan error, hup <-chan os.Si
 		alive = t.C
 	}
 	var pressure <-chan time.Time
-	if p := findPressure(); p != "" && n.takeover != nil {
+	if p := findPressure(); p != "" && (n.takeover != nil || n.edge != nil) {
 		t := time.NewTicker(pressureEvery)
 		defer t.Stop()
 		pressure = t.C
@@ -384,8 +465,13 @@ func (n *Node) stop(page *http.Server, patience time.Duration, stopLoop func()) 
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	n.log.Info("stopping", "drain_timeout", patience.String())
+	if n.edge != nil {
+		// First, since it needs the other core for keys.
+		n.edge.stop(ctx, n.clock.Now().Add(patience/2))
+	}
 	n.front.Shutdown(ctx)
-	n.loop.Post(event{Event: bus.Draining{By: n.clock.Now().Add(patience / 2)}})
+	end, _ := ctx.Deadline()
+	n.loop.Post(event{Event: bus.Draining{By: n.clock.Now().Add(time.Until(end) / 2)}})
 	select {
 	case <-n.drained:
 	case <-ctx.Done(): // Close below says so
@@ -403,10 +489,16 @@ func (n *Node) stop(page *http.Server, patience time.Duration, stopLoop func()) 
 		for _, e := range n.errands {
 			e.cancel()
 		}
+		if n.edge != nil {
+			n.edge.cancel()
+		}
 	})
 	stopLoop() // it might give more work to the pools that are closed now
 	closing, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
+	if n.edge != nil {
+		n.edge.close(closing)
+	}
 	for _, closed := range []error{n.senders.Close(closing), n.readers.Close(closing), n.scanners.Close(closing), n.small.Close(ctx), n.large.Close(ctx)} {
 		if closed != nil {
 			n.log.Warn("work was still under way at the end of drain_timeout and is dropped")
@@ -438,10 +530,12 @@ type listeners struct {
 	front  []net.Listener
 	status net.Listener
 	admin  net.Listener
+	edge   []net.Listener
 }
 
 // listen opens what the configuration names, or takes what systemd passes: a
-// socket named "status" is the status page's, all others are the front's.
+// socket named "status" is the status page's, those named "edge" are for other
+// servers, all others are the front's.
 func (n *Node) listen(cfg *Config) (l listeners, err error) {
 	defer func() {
 		if err != nil {
@@ -453,8 +547,12 @@ func (n *Node) listen(cfg *Config) (l listeners, err error) {
 		return l, err
 	}
 	for _, p := range passed {
-		if p.Name == "status" {
+		switch {
+		case p.Name == "status":
 			l.status = p.Listener
+			continue
+		case p.Name == "edge" && n.edge != nil:
+			l.edge = append(l.edge, p.Listener)
 			continue
 		}
 		l.front = append(l.front, p.Listener)
@@ -474,12 +572,18 @@ func (n *Node) listen(cfg *Config) (l listeners, err error) {
 			return l, fmt.Errorf("status: %w", err)
 		}
 	}
+	if err == nil && n.edge != nil && len(l.edge) == 0 {
+		l.edge, err = n.edge.listen(cfg)
+	}
+	if err != nil {
+		return l, err
+	}
 	l.admin, err = listenAdmin(cfg)
 	return l, err
 }
 
 func (l listeners) close() {
-	for _, ln := range l.front {
+	for _, ln := range slices.Concat(l.front, l.edge) {
 		ln.Close()
 	}
 	if l.status != nil {
@@ -504,5 +608,8 @@ func (n *Node) reload(cfg *Config) {
 		n.loop.Post(event{Event: bus.Suspended{}})
 	}
 	n.loop.Post(event{Event: bus.Reconfigured{Config: next.Core()}})
+	if n.edge != nil {
+		n.edge.reload(&next)
+	}
 	n.log.Info("configuration reloaded", "changed", applied, "need_restart", needRestart)
 }

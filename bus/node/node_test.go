@@ -82,8 +82,8 @@ func federation(t *testing.T, c sim.Config) *sim.World {
 
 // config is what differs between the configurations of tests.
 type config struct {
-	outbound, outbox string // lines of these sections
-	key              string // homeserver.signing_key_path
+	outbound, outbox, edge string // lines of these sections
+	key                    string // homeserver.signing_key_path
 }
 
 // setUp writes a configuration into dir and returns its path.
@@ -95,6 +95,7 @@ func setUp(t *testing.T, dir string, w *sim.World, c config) string {
 	path := filepath.Join(dir, "fsbus.toml")
 	text := fmt.Sprintf(`
 data_dir = "data"
+memory_limit = "96MiB"
 drain_timeout = "5s"
 log_level = "debug"
 [homeserver]
@@ -107,12 +108,14 @@ secret = %q
 %s
 [outbox]
 %s
+[edge]
+%s
 [federation]
 ca_file = "ca.pem"
 ip_range_allowlist = ["127.1.0.0/16"]
 [status]
 listen = "unix:status.sock"
-`, us.Name, c.key, secret, c.outbound, c.outbox)
+`, us.Name, c.key, secret, c.outbound, c.outbox, c.edge)
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -73,6 +73,11 @@ func (n *notes) hosts(records []bus.HostRecord) {
 	}
 }
 
+// ownKeys tells that what the homeserver says of its keys is not what others accept.
+func (n *notes) ownKeys(err error) {
+	n.write(slog.LevelWarn, "the homeserver's answer about its own keys is not valid; other servers will not take it", slog.Any("why", err))
+}
+
 // failed tells of an attempt that failed. The target's query may hold a
 // token, so only the path is written.
 func (n *notes) failed(a *attempt, f matrix.Failure, detail string) {

@@ -58,6 +58,7 @@ func writePage(w io.Writer, r *Report) error {
 	p.end()
 
 	p.outbox(r.Outbox)
+	p.edge(r.Edge)
 	p.joins(&r.Joins, &r.Keys)
 
 	if len(r.Hosts.Worst) > 0 {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"fsbus/bus"
+	"fsbus/bus/edge"
 )
 
 // pressureEvery is how often the pressure on the host is read. The kernel's mean
@@ -52,6 +53,6 @@ func (n *Node) tellPressure() {
 		return
 	}
 	if v, ok := parsePressure(b); ok {
-		n.loop.Post(event{Event: bus.Pressure{Hundredths: v}})
+		n.loop.Post(event{Event: bus.Pressure{Hundredths: v}, edge: edge.Pressure{Hundredths: v}})
 	}
 }

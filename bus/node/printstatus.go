@@ -82,6 +82,7 @@ func writeTable(w io.Writer, r *Report) error {
 		}
 	}
 	r.Outbox.table(t)
+	r.Edge.table(t)
 	for i := range r.Joins.Joins {
 		j := &r.Joins.Joins[i]
 		fmt.Fprintf(t, "\nJOIN\t%s\t%s\n", j.Room, j.Phase)

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"fsbus/bus"
+	"fsbus/bus/edge"
 	"fsbus/bus/matrix"
 	"fsbus/netx"
 	"fsbus/sched"
@@ -31,6 +32,7 @@ type Report struct {
 	Joins         JoinsReport    `json:"joins"`
 	Store         StoreReport    `json:"store"`
 	Outbox        *OutboxReport  `json:"outbox,omitempty"` // none without signing_key_path
+	Edge          *EdgeReport    `json:"edge,omitempty"`   // none without edge.listen
 	Endpoints     []CountReport  `json:"endpoints"`        // requests so far, by endpoint
 	RateLimits    RateLimits     `json:"rate_limits"`
 }
@@ -60,6 +62,7 @@ type HostsReport struct {
 	Known      int          `json:"known"`
 	Allowed    int          `json:"allowed"`
 	Forgotten  int64        `json:"forgotten"` // to make room, so far
+	Revived    int64        `json:"revived"`   // tried early, as something came from them
 	Ranks      []RankReport `json:"ranks"`
 	BackingOff int          `json:"backing_off"`
 	Worst      []HostReport `json:"worst"`
@@ -162,10 +165,14 @@ const worstHosts = 20
 func (n *Node) Report(ctx context.Context) (*Report, error) {
 	var snap bus.Snapshot
 	var outbox bus.OutboxSnapshot
+	var inbound edge.Snapshot
 	if err := n.loop.Call(ctx, func() {
 		now := n.clock.Now()
 		snap = n.core.Snapshot(now, worstHosts)
 		outbox, _ = n.core.Outbox(now)
+		if n.edge != nil {
+			inbound = n.edge.core.Snapshot(now, worstOrigins)
+		}
 	}); err != nil {
 		return nil, err
 	}
@@ -189,6 +196,13 @@ func (n *Node) Report(ctx context.Context) (*Report, error) {
 		},
 		Keys: n.keysReport(&snap, db), Joins: n.joinsReport(&snap),
 		RateLimits: RateLimits{cfg.Outbound.HandshakesPerSecond, cfg.Outbound.HostRate, cfg.Outbound.HostConcurrency},
+	}
+	if n.edge != nil {
+		server := n.edge.server.Stats()
+		r.Edge = n.edge.report(&inbound, server)
+		r.Budgets = append(r.Budgets, n.edge.budgets(cfg, &inbound, server)...)
+		r.Budgets = append(r.Budgets, BudgetUse{"answered transactions remembered", "count", db.Inbound.Rows, -1, int64(cfg.Edge.RecordEntries)},
+			BudgetUse{"bytes of them", "bytes", db.Inbound.Bytes, -1, int64(cfg.Edge.RecordDisk)})
 	}
 	for c := matrix.Class(1); c <= matrix.NumClasses; c++ {
 		q := QueueReport{Class: c.String(), Requests: st.Requests[c], Waiting: snap.Waiting[c], Running: snap.Running[c], OldestSeconds: seconds(snap.Oldest[c]), MaxWait: seconds(st.Waits[c].Max)}
@@ -247,7 +261,7 @@ func (n *Node) budgets(cfg *Config, snap *bus.Snapshot, outbox *bus.OutboxSnapsh
 }
 
 func hostsReport(s *bus.Snapshot) HostsReport {
-	h := HostsReport{Known: s.Hosts, Allowed: s.HostsLimit, Forgotten: s.Stats.HostsForgotten, BackingOff: s.BackingOff, Worst: []HostReport{}}
+	h := HostsReport{Known: s.Hosts, Allowed: s.HostsLimit, Forgotten: s.Stats.HostsForgotten, Revived: s.Stats.Revived, BackingOff: s.BackingOff, Worst: []HostReport{}}
 	for _, l := range s.Lanes {
 		h.Ranks = append(h.Ranks, RankReport{l.Name, l.Hosts, int64(l.Slots.Used), int64(l.Slots.Max), int64(l.Slots.Limit)})
 	}

@@ -23,6 +23,7 @@ type takeover struct {
 
 	bulk *bulk
 	seed maphash.Seed
+	sent func([]matrix.PDU) // is told of the events of each, if it is not nil
 
 	mu       sync.Mutex
 	verified string // the key id of the last signature that was found good
@@ -71,6 +72,9 @@ func (t *takeover) take(in *netx.Inbound) (ev bus.Offered, err error) {
 	}
 	if txn.Origin != t.origin {
 		return ev, fmt.Errorf("%w: it is of %s", errNotTaken, txn.Origin)
+	}
+	if t.sent != nil {
+		t.sent(txn.PDUs)
 	}
 	ev = bus.Offered{Req: bus.ReqID(in.ID), Dest: in.Destination, Class: txn.Class()}
 	ev.Pace.Device = txn.ForDevices()

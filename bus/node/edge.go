@@ -1,0 +1,238 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"net"
+	"net/http"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"fsbus/bus/edge"
+	"fsbus/bus/matrix"
+	"fsbus/netx"
+	"fsbus/sched"
+)
+
+const (
+	// verifying is how many signatures wait to be checked, or are being, at a time;
+	// verifiers check them. They do little but compute, so there are no more of them
+	// than a small board has cores to spare.
+	verifying = 64
+	verifiers = 2
+	// clientRequests is how many requests of clients are passed on at a time. Most of
+	// them wait for news.
+	clientRequests = 64
+	// maxClientBody bounds the body of a client's request, in bytes; the homeserver
+	// has its own bound for uploads.
+	maxClientBody = 100 << 20
+)
+
+// edgeShell executes what the core of package edge decides: it is to that what
+// the rest of Node is to the core of package bus.
+type edgeShell struct {
+	n        *Node
+	core     *edge.Machine
+	server   *netx.Edge
+	upstream *netx.Upstream
+	clients  *netx.Upstream // nil: what clients want is not passed on
+	certs    *netx.Certificates
+	spool    *netx.Spool // of requests; answers are in Node.spool
+	ring     *keyring
+	own      ownAnswers
+	covers   hasher
+
+	verifiers *sched.Pool[verifyJob]
+	forwards  *sched.Pool[*relay]
+
+	// Of the loop's goroutine.
+	requests map[edge.ReqID]*caller
+	relays   map[edge.OpID]*relay
+	wanted   map[uint64]verifyJob // that wait for a key, by KeyWanted.For
+	lastKey  uint64
+
+	counts    edgeCounts
+	endpoints endpointCounts
+	gaps      gaps
+	closing   sync.RWMutex // held for reading while a request is handed to the core
+	closed    bool
+	drained   chan struct{}
+}
+
+// caller is a request of another server that the core may still refer to.
+type caller struct {
+	q        *netx.EdgeRequest
+	endpoint *matrix.Endpoint
+	auth     auth
+	event    string // the event that it asks for, if the outbox may have it
+	txn      *edge.Txn
+	follows  []follow // which events its PDUs come after
+	found    []byte   // what its Look found
+	acked    []string // the events of its PDUs, as far as they are known
+	ended    bool
+	freed    bool
+}
+
+// newEdge returns nil if there is none.
+func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
+	if !cfg.hasEdge() {
+		return nil, nil
+	}
+	e := &cfg.Edge
+	held := e.Requests + e.Unverified
+	s := &edgeShell{
+		n: n, ring: newKeyring(n), covers: newHasher(),
+		requests: make(map[edge.ReqID]*caller), relays: make(map[edge.OpID]*relay), wanted: make(map[uint64]verifyJob),
+		drained: make(chan struct{}),
+	}
+	var err error
+	if files, ok := e.certificates(); ok {
+		files.Logger = n.log
+		if s.certs, err = netx.LoadCertificates(files); err != nil {
+			return nil, fmt.Errorf("edge: %w", err)
+		}
+	}
+	up := e.upstream()
+	up.Logger = n.log
+	if s.upstream, err = netx.NewUpstream(up); err != nil {
+		return nil, fmt.Errorf("edge.homeserver: %w", err)
+	}
+	if e.PassClient {
+		// Its own connections, so that nobody waits for what clients wait for.
+		up.MaxConns, up.StallTimeout = clientRequests, 10*time.Minute
+		held += clientRequests
+		if s.clients, err = netx.NewUpstream(up); err != nil {
+			return nil, fmt.Errorf("edge.homeserver: %w", err)
+		}
+	}
+	s.spool, err = netx.NewSpool(netx.SpoolConfig{
+		Dir:    filepath.Join(cfg.DataDir, "spool-edge"),
+		Memory: int64(e.SpoolMemory), Disk: int64(e.RequestBytes) + int64(e.UnverifiedBytes), Inline: int64(cfg.Outbound.SpoolInline),
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.server = netx.NewEdge(netx.EdgeConfig{
+		TLS: s.certs, TrustedProxies: e.proxies(),
+		MaxConns: e.MaxConnections, MaxConnsPerAddr: e.MaxConnectionsPerAddress, MaxReading: e.MaxReading, MaxRequests: held,
+		HeaderTimeout: time.Duration(e.HeaderTimeout), BodyTimeout: time.Duration(e.BodyTimeout), IdleTimeout: time.Duration(e.IdleTimeout),
+		MaxBody: s.maxBody, Spool: s.spool, Logger: n.log,
+		Check: s.check, Handle: s.ingest, Gone: s.gone,
+	})
+	s.core = edge.New(e.core(), mathrand.New(mathrand.NewChaCha8(seed)))
+	return s, nil
+}
+
+// start starts the pools.
+func (s *edgeShell) start(cfg *Config) {
+	e := &cfg.Edge
+	// What asks for a key may come back from it while others are checked.
+	s.verifiers = sched.NewPool(verifiers, verifying+e.KeyFetches, func(j verifyJob) { j.run(s) }, func(j verifyJob, err error) { j.crashed(s, err) })
+	running := e.Concurrency + e.Parallel
+	s.forwards = sched.NewPool(running, running, func(r *relay) { r.run(s) }, func(r *relay, err error) { r.crashed(s, err) })
+}
+
+// jobs returns how many requests may be waiting to be answered, or for the store.
+func (c *Config) edgeJobs() int {
+	if !c.hasEdge() {
+		return 0
+	}
+	return c.Edge.Requests + c.Edge.Unverified
+}
+
+// listen opens the addresses to which other servers connect.
+func (s *edgeShell) listen(cfg *Config) (list []net.Listener, err error) {
+	for _, spec := range cfg.Edge.Listen {
+		ln, err := netx.Listen(spec, netx.ListenOptions{AllowRemote: true})
+		if err != nil {
+			for _, ln := range list {
+				ln.Close()
+			}
+			return nil, fmt.Errorf("edge: %w", err)
+		}
+		list = append(list, ln)
+	}
+	return list, nil
+}
+
+// serve takes requests until the edge is shut down.
+func (s *edgeShell) serve(ctx context.Context, listeners []net.Listener, failed chan<- error) {
+	for _, ln := range listeners {
+		serve(ctx, func(context.Context) {
+			if err := s.server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+				failed <- fmt.Errorf("edge %s: %w", ln.Addr(), err)
+			}
+		})
+		s.n.log.Info("listening for other servers", "address", ln.Addr().String(), "tls", s.certs != nil)
+	}
+}
+
+// step runs the core.
+func (s *edgeShell) step(now sched.Time, ev edge.Event, out []edge.Effect) []edge.Effect {
+	if look := s.n.hooks.edgeEvent; look != nil {
+		look(ev)
+	}
+	return s.core.Step(now, ev, out)
+}
+
+// post hands an event to the core.
+func (s *edgeShell) post(ev edge.Event) { s.n.loop.Post(event{edge: ev}) }
+
+// inject does, on the loop's goroutine.
+func (s *edgeShell) inject(ev edge.Event) { s.n.loop.Inject(event{edge: ev}) }
+
+// reload takes over what can change while the bus runs.
+func (s *edgeShell) reload(cfg *Config) {
+	if s.certs != nil {
+		if err := s.certs.Reload(); err != nil {
+			s.n.log.Error("the edge goes on with the certificate that it has", "error", err)
+		}
+	}
+	s.post(edge.Reconfigured{Config: cfg.Edge.core()})
+}
+
+// stop takes nothing new, and lets what is under way come to an end by a moment.
+func (s *edgeShell) stop(ctx context.Context, by sched.Time) {
+	s.closing.Lock()
+	s.closed = true // no Arrived follows
+	s.closing.Unlock()
+	s.post(edge.Draining{By: by})
+	now, cancel := context.WithCancel(ctx)
+	cancel()
+	_ = s.server.Shutdown(now) // closes what listens and what is idle, and waits for nothing
+	select {
+	case <-s.drained:
+	case <-ctx.Done():
+	}
+	written, cancel := context.WithTimeout(ctx, edgeFlush)
+	defer cancel()
+	_ = s.server.Shutdown(written) // what is left then, close ends
+}
+
+// edgeFlush is how long the last answers may take to be written.
+const edgeFlush = 2 * time.Second
+
+// close ends what is left.
+func (s *edgeShell) close(ctx context.Context) {
+	_ = s.server.Close()
+	for _, closed := range []error{s.verifiers.Close(ctx), s.forwards.Close(ctx)} {
+		if closed != nil {
+			s.n.log.Warn("work for other servers was still under way at the end of drain_timeout and is dropped")
+			break
+		}
+	}
+	s.upstream.CloseIdle()
+	if s.clients != nil {
+		s.clients.CloseIdle()
+	}
+}
+
+// cancel breaks off what runs. It is called on the loop's goroutine.
+func (s *edgeShell) cancel() {
+	for _, r := range s.relays {
+		r.cancel()
+	}
+}

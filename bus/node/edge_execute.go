@@ -1,0 +1,151 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"sync/atomic"
+	"time"
+
+	"fsbus/bus"
+	"fsbus/bus/edge"
+	"fsbus/netx"
+)
+
+// edgeCounts counts what the core of the edge never hears of, and how the writing
+// of its answers ended.
+type edgeCounts struct {
+	own       atomic.Int64 // answered by the bus: well-known, keys, version
+	unknown   atomic.Int64 // paths that do not exist
+	malformed atomic.Int64
+	clients   atomic.Int64 // passed on as they are
+	replies   replyCounts
+}
+
+// perform does one thing that the core asks for. It runs on the loop's goroutine
+// and never blocks.
+func (s *edgeShell) perform(e edge.Effect) {
+	n := s.n
+	switch e := e.(type) {
+	case edge.Verify:
+		s.verifiers.Submit(verifyJob{c: s.requests[e.Req], mayFetch: e.MayFetch})
+	case edge.Look:
+		n.readers.Submit(lookJob{s, s.requests[e.Req]})
+	case edge.Forward:
+		s.forward(e)
+	case edge.Cancel:
+		s.relays[e.Op].cancel()
+	case edge.Reply:
+		s.reply(s.ended(e.Req), s.relays[e.Op])
+	case edge.Replay:
+		c := s.ended(e.Req)
+		body := c.found
+		if e.FromPDUs {
+			body = pduAnswer(c.acked)
+		}
+		s.answer(c, http.StatusOK, nil, body)
+	case edge.Empty:
+		s.answer(s.ended(e.Req), http.StatusOK, nil, emptyAnswer)
+	case edge.Refuse:
+		s.refuse(s.ended(e.Req), e)
+	case edge.Record:
+		s.record(e)
+	case edge.Alive:
+		n.loop.Inject(event{Event: bus.Alive{Server: e.Origin}})
+	case edge.Free:
+		c := s.requests[e.Req]
+		c.q.Release()
+		c.freed = true
+		s.forget(e.Req, c)
+	case edge.Discard:
+		s.relays[e.Op].body.Release()
+		delete(s.relays, e.Op)
+	case edge.Drained:
+		close(s.drained)
+	default:
+		panic(fmt.Sprintf("node: unknown effect %T", e))
+	}
+}
+
+// ended notes that a request has its answer or no longer wants one.
+func (s *edgeShell) ended(id edge.ReqID) *caller {
+	c := s.requests[id]
+	if c == nil {
+		return nil
+	}
+	c.ended = true
+	s.forget(id, c)
+	return c
+}
+
+func (s *edgeShell) forget(id edge.ReqID, c *caller) {
+	if c.ended && c.freed {
+		delete(s.requests, id)
+	}
+}
+
+// gone passes on that another server no longer waits.
+func (s *edgeShell) gone(q *netx.EdgeRequest) {
+	s.post(edge.Gone{Req: edge.ReqID(q.ID)})
+}
+
+// reply has a request answered with what the homeserver said, in the request's own
+// goroutine.
+func (s *edgeShell) reply(c *caller, r *relay) {
+	r.body.Retain()
+	err := c.q.Answer(func() {
+		defer r.body.Release()
+		reader := r.body.Reader()
+		defer reader.Close()
+		size := r.size
+		if r.body.Complete() {
+			size = r.body.Size()
+		}
+		s.wrote(c, c.q.Stream(r.status, r.header, size, reader))
+	})
+	if err != nil {
+		r.body.Release()
+		s.wrote(c, err)
+	}
+}
+
+// answer has a request answered by the bus.
+func (s *edgeShell) answer(c *caller, status int, header http.Header, body []byte) {
+	err := c.q.Answer(func() { s.wrote(c, c.q.Reply(status, header, body)) })
+	if err != nil {
+		s.wrote(c, err)
+	}
+}
+
+func (s *edgeShell) refuse(c *caller, e edge.Refuse) {
+	var h http.Header
+	ms := int64(0)
+	if e.RetryAfter > 0 {
+		h = http.Header{"Retry-After": {strconv.FormatInt(int64((e.RetryAfter+time.Second-1)/time.Second), 10)}}
+		if e.Status == http.StatusTooManyRequests {
+			ms = e.RetryAfter.Milliseconds()
+		}
+	}
+	s.n.notable.write(slog.LevelDebug, "a request from outside is refused", slog.String("origin", string(c.auth.origin)),
+		slog.String("endpoint", c.endpoint.Name), slog.Int("status", e.Status), slog.String("why", e.Text))
+	s.answer(c, e.Status, h, errorBody(e.Code, e.Text, ms))
+}
+
+// wrote counts how the writing of an answer ended.
+func (s *edgeShell) wrote(c *caller, err error) {
+	r := &s.counts.replies
+	switch {
+	case err == nil:
+		r.whole.Add(1)
+	case errors.Is(err, netx.ErrClientGone):
+		r.gone.Add(1)
+	case errors.Is(err, netx.ErrSlowReader):
+		r.slow.Add(1)
+	default:
+		r.cut.Add(1)
+		s.n.notable.write(slog.LevelInfo, "an answer to another server was cut short", slog.String("origin", string(c.auth.origin)),
+			slog.String("endpoint", c.endpoint.Name), slog.Any("why", err))
+	}
+}

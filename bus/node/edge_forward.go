@@ -1,0 +1,187 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"time"
+
+	"fsbus/bus/edge"
+	"fsbus/bus/matrix"
+	"fsbus/netx"
+)
+
+// relay is one request on its way to the homeserver, and its answer. The forwarder
+// writes status, header and size before it posts Answered; nobody reads them
+// earlier.
+type relay struct {
+	op     edge.OpID
+	c      *caller
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	status int
+	header http.Header
+	size   int64 // -1 when the homeserver does not say
+	body   *netx.Body
+
+	whole *edge.Answered // not posted yet: it goes together with Done
+}
+
+func (s *edgeShell) forward(e edge.Forward) {
+	c := s.requests[e.Req]
+	r := &relay{op: e.Op, c: c, body: s.n.spool.New()}
+	if c.q.Body != nil {
+		c.q.Body.Retain()
+	}
+	r.ctx, r.cancel = context.WithCancel(context.Background())
+	s.relays[e.Op] = r
+	s.forwards.Submit(r)
+}
+
+// run takes a request to the homeserver and brings the answer. It posts exactly
+// one Done.
+func (r *relay) run(s *edgeShell) { s.forwarded(r, s.exchange(r)) }
+
+// crashed ends a relay whose forwarder panicked.
+func (r *relay) crashed(s *edgeShell, err error) {
+	s.n.log.Error("a worker failed", "error", err)
+	s.forwarded(r, edge.Done{Failure: matrix.FailLocal, Detail: "internal error"})
+}
+
+func (s *edgeShell) forwarded(r *relay, done edge.Done) {
+	r.cancel()
+	if r.c.q.Body != nil {
+		r.c.q.Body.Release()
+	}
+	if done.Failure == matrix.FailNone {
+		s.own.keep(r, s.n)
+	}
+	done.Op = r.op
+	if r.whole != nil {
+		s.n.loop.Post(event{edge: *r.whole, edgeThen: done})
+		return
+	}
+	s.post(done)
+}
+
+// forwardedFor says for whom the bus speaks, as Synapse's x_forwarded has it.
+func forwardedFor(q *netx.EdgeRequest) http.Header {
+	h := q.Header.Clone()
+	if h == nil {
+		h = make(http.Header, 2)
+	}
+	if q.Client.IsValid() {
+		h["X-Forwarded-For"] = []string{q.Client.String()}
+	}
+	// A proxy that does TLS stands in front, or the bus does.
+	h["X-Forwarded-Proto"] = []string{"https"}
+	return h
+}
+
+// exchange returns how the attempt ended, having closed the body for writing.
+func (s *edgeShell) exchange(r *relay) (done edge.Done) {
+	var err error
+	defer func() {
+		if done.Failure != matrix.FailNone && err == nil {
+			err = errors.New(done.Detail)
+		}
+		r.body.CloseWrite(err)
+	}()
+	q := r.c.q
+	req := &netx.UpstreamRequest{Method: q.Method, Target: q.Target, Host: q.Host, Header: forwardedFor(q), Size: q.Size}
+	if b := q.Body; b != nil {
+		req.GetBody = func() (io.ReadCloser, error) { return b.Reader(), nil }
+	}
+	resp, err := s.upstream.Do(r.ctx, req)
+	if err != nil {
+		return s.unforwarded(err)
+	}
+	defer resp.Body.Close()
+	limit := r.c.endpoint.MaxResponse
+	if resp.ContentLength > limit {
+		return edge.Done{Failure: matrix.FailTooLarge, Detail: errAnswerTooLarge.Error()}
+	}
+	r.status, r.header, r.size = resp.StatusCode, resp.Header, resp.ContentLength
+	answered := edge.Answered{Op: r.op, Status: resp.StatusCode}
+	switch {
+	case resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable:
+		var begin []byte
+		begin, err = io.ReadAll(io.LimitReader(resp.Body, peek429))
+		answered.RetryAfter, _ = matrix.ParseRetryAfter(resp.Header.Get("Retry-After"), begin, time.Now())
+		s.post(answered)
+		if err == nil {
+			err = fill(r.body, begin, resp.Body, limit)
+		}
+	case resp.ContentLength >= 0 && resp.ContentLength <= wholeAtOnce:
+		err = fill(r.body, nil, resp.Body, limit)
+		if err == nil || r.body.Size() > 0 {
+			r.whole = &answered
+		}
+	default:
+		s.post(answered)
+		err = fill(r.body, nil, resp.Body, limit)
+	}
+	if err != nil {
+		return s.unforwarded(err)
+	}
+	return edge.Done{}
+}
+
+// unforwarded says how an attempt failed.
+func (s *edgeShell) unforwarded(err error) edge.Done {
+	d := edge.Done{Detail: explain(err)}
+	switch {
+	case errors.Is(err, errAnswerTooLarge):
+		d.Failure = matrix.FailTooLarge
+	case errors.Is(err, netx.ErrSpoolFull):
+		s.n.trouble.spool(err)
+		d.Failure = matrix.FailLocal
+	default:
+		d.Failure = netx.FailureOf(err)
+	}
+	if e, ok := errors.AsType[*netx.Error](err); ok {
+		d.Unsent = e.Unsent
+	}
+	return d
+}
+
+// bytes returns the whole of an answer that is small; nil if it is not.
+func (r *relay) bytes() []byte {
+	if b, ok := r.body.Bytes(); ok {
+		return bytes.Clone(b)
+	}
+	if r.body.Size() > maxAnswerKept {
+		return nil
+	}
+	b, err := readBody(r.body, r.body.Size())
+	if err != nil {
+		return nil
+	}
+	return b
+}
+
+// passClient passes a client's request on to the homeserver, and the answer back.
+// It runs on the request's goroutine, and knows no order and no queue.
+func (s *edgeShell) passClient(q *netx.EdgeRequest) {
+	s.counts.clients.Add(1)
+	defer q.Release()
+	ctx, cancel := context.WithTimeout(context.Background(), clientPatience)
+	defer cancel()
+	req := &netx.UpstreamRequest{Method: q.Method, Target: q.Target, Host: q.Host, Header: forwardedFor(q), Size: q.Size}
+	if b := q.Body; b != nil {
+		req.GetBody = func() (io.ReadCloser, error) { return b.Reader(), nil }
+	}
+	resp, err := s.clients.Do(ctx, req)
+	if err != nil {
+		_ = q.Reply(http.StatusBadGateway, nil, matrix.ErrorJSON(matrix.MUnknown, "fsbus: the homeserver does not answer")) // who has gone has gone
+		return
+	}
+	defer resp.Body.Close()
+	_ = q.Stream(resp.StatusCode, resp.Header, resp.ContentLength, resp.Body) // the same
+}
+
+// clientPatience bounds a client's request: it is longer than any long poll.
+const clientPatience = 5 * time.Minute

@@ -1,0 +1,159 @@
+package node
+
+import (
+	"errors"
+	"strconv"
+
+	"fsbus/bus/edge"
+	"fsbus/bus/matrix"
+	"fsbus/store"
+)
+
+const (
+	// maxAnswerKept is the largest answer to a transaction that is kept, in bytes, as
+	// the store has it.
+	maxAnswerKept = store.MaxInboundAnswer
+	// maxEventLook is how many of the events that wait for a server are looked through
+	// for one that it asks for, the newest first.
+	maxEventLook = 50
+)
+
+// emptyAnswer is the answer to a transaction whose content was taken note of.
+var emptyAnswer = []byte(`{"pdus":{}}`)
+
+// lookJob looks a request up in the store.
+type lookJob struct {
+	s *edgeShell
+	c *caller
+}
+
+func (l lookJob) run(n *Node) {
+	ev := edge.Looked{Req: edge.ReqID(l.c.q.ID)}
+	var err error
+	if l.c.txn == nil {
+		ev.Found, err = l.event()
+	} else {
+		ev.Found, ev.AllPDUs, err = l.transaction()
+	}
+	if err != nil && !errors.Is(err, store.ErrClosed) {
+		n.trouble.commit(err)
+	}
+	l.s.post(ev)
+}
+
+func (l lookJob) crashed(n *Node, err error) {
+	n.log.Error("a worker failed", "error", err)
+	l.s.post(edge.Looked{Req: edge.ReqID(l.c.q.ID)})
+}
+
+// transaction looks for what the transaction, or its PDUs, were answered before.
+func (l lookJob) transaction() (found, all bool, err error) {
+	origin, t := l.c.auth.origin, l.c.txn
+	since := l.s.n.clock.Now().Add(-store.InboundFor).Wall()
+	l.c.found, found, err = l.s.n.store.LoadInbound(origin, t.ID, since)
+	if found || err != nil || t.PDUs == 0 || t.EDUs > 0 {
+		return found, false, err
+	}
+	hashes := make([][32]byte, len(t.Hashes))
+	for i, h := range t.Hashes {
+		hashes[i] = h
+	}
+	l.c.acked, all, err = l.s.n.store.InboundPDUs(origin, hashes, since)
+	return false, all, err
+}
+
+// event looks for an event among what waits for the server that asks for it.
+func (l lookJob) event() (found bool, err error) {
+	err = l.s.n.store.PendingPDUs(l.c.auth.origin, maxEventLook, func(pdu []byte) (more bool, err error) {
+		if !matrix.HasEventID(pdu, l.c.event) {
+			return true, nil
+		}
+		found = true
+		l.c.found = l.s.n.eventAnswer(pdu)
+		return false, nil
+	})
+	return found, err
+}
+
+// eventAnswer is the answer to GET /event (S2S "Retrieving events").
+func (n *Node) eventAnswer(pdu []byte) []byte {
+	b := append([]byte(nil), `{"origin":`...)
+	b = matrix.AppendString(b, string(n.cfg.Load().Homeserver.ServerName))
+	b = append(b, `,"origin_server_ts":`...)
+	b = strconv.AppendInt(b, n.clock.Now().Wall(), 10)
+	b = append(b, `,"pdus":[`...)
+	b = append(b, pdu...)
+	return append(b, "]}"...)
+}
+
+// pduAnswer is the answer to a transaction whose PDUs have all been acknowledged,
+// as far as their ids are known.
+func pduAnswer(ids []string) []byte {
+	b := append([]byte(nil), `{"pdus":{`...)
+	first := true
+	for _, id := range ids {
+		if id == "" {
+			continue
+		}
+		if !first {
+			b = append(b, ',')
+		}
+		first = false
+		b = append(matrix.AppendString(b, id), `:{}`...)
+	}
+	return append(b, "}}"...)
+}
+
+// record stores answers to transactions.
+func (s *edgeShell) record(e edge.Record) {
+	now := s.n.clock.Now().Wall()
+	batch := &store.Batch{Inbound: make([]store.InboundTxn, 0, len(e.Answers))}
+	for _, a := range e.Answers {
+		row := store.InboundTxn{Origin: a.Origin, ID: a.Txn.ID, Answered: now, Answer: emptyAnswer}
+		if a.Op != 0 {
+			relay := s.relays[a.Op]
+			s.gaps.note(a.Origin, relay.c.follows, s.n.clock.Now())
+			body := relay.bytes()
+			if body == nil {
+				continue // larger than any answer to a transaction
+			}
+			row.Answer, row.PDUs = body, s.acknowledged(a.Txn, body)
+		}
+		batch.Inbound = append(batch.Inbound, row)
+	}
+	err := s.n.store.Submit(batch, func(err error) {
+		s.n.trouble.commit(err)
+		s.post(edge.Recorded{Batch: e.Batch, OK: err == nil})
+	})
+	if err != nil {
+		s.n.trouble.commit(err)
+		s.inject(edge.Recorded{Batch: e.Batch})
+	}
+}
+
+// acknowledged returns the PDUs of a transaction that an answer acknowledges: all
+// of them, if it names as many and none with an error. Nothing says which of its
+// ids is that of which PDU, unless there is one.
+func (s *edgeShell) acknowledged(t *edge.Txn, answer []byte) []store.InboundPDU {
+	ids, failed, ok := matrix.AcknowledgedPDUs(answer)
+	if !ok {
+		return nil
+	}
+	for _, id := range ids {
+		s.gaps.came(mark(id))
+	}
+	for _, room := range t.Rooms {
+		s.gaps.came(mark(room))
+	}
+	if failed > 0 || len(ids) != len(t.Hashes) {
+		return nil
+	}
+	pdus := make([]store.InboundPDU, len(t.Hashes))
+	for i, h := range t.Hashes {
+		pdus[i].Hash = h
+	}
+	if len(pdus) == 1 {
+		pdus[0].EventID = ids[0]
+	}
+	return pdus
+}

@@ -1,0 +1,142 @@
+package node
+
+import (
+	"crypto/ed25519"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"fsbus/bus/matrix"
+	"fsbus/store"
+)
+
+const (
+	// maxRing bounds the keys that are at hand, and those of which it is known that
+	// there are none, each.
+	maxRing = 4096
+	// ringFresh is how long a key is used without a look into the store, where a newer
+	// object of its server may say that it is not in use any more.
+	ringFresh = time.Hour
+	// ringMissing is how long a key that could not be had is not looked for again.
+	// Whoever is refused because of it sends again after longer than that.
+	ringMissing = time.Minute
+)
+
+// keyring finds the keys with which other servers sign their requests: those at
+// hand, and what the store has, from the server itself or from a notary. All that is
+// stored was signed by its own server.
+type keyring struct {
+	n      *Node
+	latest atomic.Pointer[matrix.ServerName] // the notary that the homeserver asks
+
+	mu      sync.Mutex
+	known   map[ringKey]ringEntry
+	missing map[ringKey]time.Time // until when
+}
+
+type ringKey struct {
+	server matrix.ServerName
+	id     string
+}
+
+type ringEntry struct {
+	public ed25519.PublicKey
+	until  time.Time
+}
+
+func newKeyring(n *Node) *keyring {
+	return &keyring{n: n, known: make(map[ringKey]ringEntry), missing: make(map[ringKey]time.Time)}
+}
+
+// notary notes whom the homeserver asks for keys, whose answers are in the store.
+func (k *keyring) notary(name matrix.ServerName) {
+	if old := k.latest.Load(); name != "" && (old == nil || *old != name) {
+		k.latest.Store(&name)
+	}
+}
+
+// find returns the key of a server with which it may sign a request at this
+// moment. It is nil if there is none at hand and in the store; looked is true if
+// that was found out a moment ago, when the key was asked for as well.
+func (k *keyring) find(server matrix.ServerName, id string) (public ed25519.PublicKey, looked bool, err error) {
+	key, now := ringKey{server, id}, time.Now()
+	k.mu.Lock()
+	e, ok := k.known[key]
+	missing := k.missing[key]
+	k.mu.Unlock()
+	switch {
+	case ok && now.Before(e.until):
+		return e.public, false, nil
+	case now.Before(missing):
+		return nil, true, nil
+	}
+	public, until, err := k.stored(server, id, now)
+	if public != nil {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		makeRoom(k.known)
+		k.known[key] = ringEntry{public, until}
+	}
+	return public, false, err
+}
+
+// none notes that a key could not be had, wherever it was asked for.
+func (k *keyring) none(server matrix.ServerName, id string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	makeRoom(k.missing)
+	k.missing[ringKey{server, id}] = time.Now().Add(ringMissing)
+}
+
+// makeRoom lets go of some of a full map, whichever come first: all of it can be
+// had again.
+func makeRoom[V any](m map[ringKey]V) {
+	if len(m) < maxRing {
+		return
+	}
+	for key := range m {
+		delete(m, key)
+		if len(m) <= maxRing*7/8 {
+			return
+		}
+	}
+}
+
+// stored looks a key up in the store, and until when it may be used without
+// another look.
+func (k *keyring) stored(server matrix.ServerName, id string, now time.Time) (public ed25519.PublicKey, until time.Time, err error) {
+	ways := []matrix.ServerName{server}
+	if k.n.notary != nil {
+		ways = append(ways, k.n.notary.name)
+	}
+	if latest := k.latest.Load(); latest != nil {
+		ways = append(ways, *latest)
+	}
+	until = now.Add(ringFresh)
+	for _, via := range ways {
+		err := k.n.store.LoadKeys(via, []matrix.ServerName{server}, func(row store.ServerKeys) error {
+			objects, err := splitObjects(row)
+			if err != nil {
+				return nil // as if it were not there
+			}
+			for _, o := range objects {
+				if p, ok := o.RequestKey(id, k.n.clock.Now().Wall(), row.Fetched); ok {
+					public = p
+					if end := time.UnixMilli(o.ValidUntil); end.Before(until) {
+						until = end
+					}
+				}
+			}
+			return nil
+		})
+		if err != nil && !errors.Is(err, store.ErrClosed) {
+			k.n.unreadKeys(err)
+			return nil, until, err
+		}
+		if public != nil {
+			return public, until, nil
+		}
+	}
+	return nil, until, nil
+}
