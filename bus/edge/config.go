@@ -159,7 +159,7 @@ func Default() Config {
 		OriginBurst:      20,
 		Ephemeral:        PaceEphemeral,
 		EphemeralRate:    20,
-		EphemeralShare:   0.1,
+		EphemeralShare:   0.05,
 		EphemeralHold:    5 * time.Second,
 		EphemeralWaiting: 160,
 		JoinHold:         25 * time.Second,

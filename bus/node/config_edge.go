@@ -108,7 +108,7 @@ type EdgeConfig struct {
 	// more than take EphemeralShare of its time, and drops what newer ones supersede,
 	// what is out of date, what has waited for EphemeralHold, and what is more than
 	// EphemeralWaiting; "pass" treats them like others, after them; "drop" drops all.
-	// Defaults 20, 0.1, 5 s and 160.
+	// Defaults 20, 0.05, 5 s and 160.
 	Ephemeral        string   `toml:"ephemeral" oneof:"pace pass drop" reload:"yes"`
 	EphemeralRate    float64  `toml:"ephemeral_rate" range:"0.1..10000.0" reload:"yes"`
 	EphemeralShare   float64  `toml:"ephemeral_share" range:"0.01..1.0" reload:"yes"`
