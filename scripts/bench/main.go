@@ -75,6 +75,11 @@ var scenarios = []struct {
 	{"scan", "a send_join of 100 MB, looked through while it passes and not", scan},
 	{"joins", "rooms whose servers take minutes to answer, or send 120 MB slowly", joins},
 	{"destinations", "what a delivered transaction costs with 100, 1,000 and 10,000 destinations", destinations},
+	{"edge-throughput", "small transactions of 64 servers to ours, with a plain reverse proxy and with fsbus before it", edgeThroughput},
+	{"edge-forged", "10,000 requests that are not by whom they say, while 20 servers send in earnest", edgeForged},
+	{"edge-retries", "a transaction of each of 500 servers, sent 12 times over, with a kill -9 in between", edgeRetries},
+	{"edge-connections", "2,000 servers that stay connected, where there are 320 places", edgeConnections},
+	{"edge-storm", "presence of 2,000 servers, as fast as it is taken, while 20 servers send events", edgeStorm},
 }
 
 func run() int {
