@@ -51,8 +51,9 @@ type EdgeConfig struct {
 	TrustedProxies []netip.Prefix
 
 	// MaxConns bounds the accepted connections. When all are in use, the one
-	// that has been idle between two requests for longest is closed for a new
-	// one; else new ones wait in the kernel's accept backlog. Each listener that
+	// that has been idle between two requests for longest, and for 200 ms at least,
+	// is closed for a new one; else new ones wait in the kernel's accept backlog, and
+	// connections end with their next answer. Each listener that
 	// is served takes one of the places while it waits for a connection. 0 means
 	// 256. Each needs a file descriptor.
 	MaxConns int

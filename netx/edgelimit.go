@@ -16,14 +16,19 @@ import (
 // edgeConns bounds an Edge's connections. A listener takes a place before it
 // accepts, so that the limit holds exactly and what is beyond it stays in the
 // kernel's backlog; one that waits in Accept therefore holds a place. When there
-// is none, the connection that has been idle for longest gives its own.
+// is none, the connection that has been idle for longest gives its own, unless it
+// has been so for less than evictAfter: then its client's next request may be on its
+// way, and would be cut off. While a listener waits for want of an older one, the
+// connections are closed after their next answer, which costs no request.
 type edgeConns struct {
 	max, perAddr int
 	trusted      func(netip.Addr) bool
+	evictAfter   time.Duration
 
 	mu     sync.Mutex
 	change sync.Cond // a place became free, a connection idle, or a listener was closed; L is &mu
 	open   int       // places taken: connections, and listeners in Accept
+	wanted int       // listeners that wait for a place
 	all    map[*edgeConn]struct{}
 	idle   list.List          // of *edgeConn, the longest idle last
 	by     map[netip.Addr]int // connections of each client, only with perAddr
@@ -33,7 +38,7 @@ type edgeConns struct {
 }
 
 func newEdgeConns(limit, perAddr int, trusted func(netip.Addr) bool) *edgeConns {
-	s := &edgeConns{max: limit, perAddr: perAddr, trusted: trusted, all: map[*edgeConn]struct{}{}, by: map[netip.Addr]int{}}
+	s := &edgeConns{max: limit, perAddr: perAddr, trusted: trusted, evictAfter: evictAfter, all: map[*edgeConn]struct{}{}, by: map[netip.Addr]int{}}
 	s.change.L = &s.mu
 	return s
 }
@@ -48,6 +53,7 @@ type edgeConn struct {
 
 	// Guarded by conns.mu.
 	fresh   bool          // nothing has come on it yet that net/http understood
+	since   time.Time     // when it became idle
 	element *list.Element // in conns.idle, or nil
 	left    bool          // its place has been given back, or on
 }
@@ -93,13 +99,34 @@ func (s *edgeConns) enter(l *edgeListener) bool {
 			s.most = max(s.most, s.open)
 			return true
 		}
+		wake := func() {}
 		if last := s.idle.Back(); last != nil {
-			s.evictLocked(last.Value.(*edgeConn))
-			continue
+			c := last.Value.(*edgeConn)
+			young := s.evictAfter - time.Since(c.since)
+			if young <= 0 {
+				s.evictLocked(c)
+				continue
+			}
+			t := time.AfterFunc(young, s.change.Broadcast)
+			wake = func() { t.Stop() }
 		}
+		s.wanted++
 		s.change.Wait()
+		s.wanted--
+		wake()
 	}
 	return false
+}
+
+// evictAfter is how long a connection must have been idle to be closed for a new
+// one: longer than a client takes to send what it has waited to send.
+const evictAfter = 200 * time.Millisecond
+
+// crowded reports whether connections should make room after their next answer.
+func (s *edgeConns) crowded() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.wanted > 0
 }
 
 // leave gives back a place for which no connection came.
@@ -218,6 +245,7 @@ func (s *edgeConns) state(conn net.Conn, state http.ConnState) {
 	c.fresh = false
 	s.busyLocked(c)
 	if state == http.StateIdle {
+		c.since = time.Now()
 		c.element = s.idle.PushFront(c)
 		s.change.Broadcast()
 	}

@@ -280,6 +280,45 @@ func closedByEdge(t testing.TB, c net.Conn) {
 	}
 }
 
+// evictAtOnce has connections closed for new ones however short a time they have been
+// idle.
+func (et *edgeTest) evictAtOnce() {
+	et.conns.mu.Lock()
+	defer et.conns.mu.Unlock()
+	et.conns.evictAfter = 0
+}
+
+// A client whose next request may be on its way is not cut off: while all have been
+// idle for a short time only, connections end with their next answer.
+func TestEdgeEvictsNoneThatHasJustBecomeIdle(t *testing.T) {
+	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
+		c.MaxConns = 3
+		c.Handle = reply
+	})
+	et.conns.mu.Lock()
+	et.conns.evictAfter = time.Hour
+	et.conns.mu.Unlock()
+	a, b := et.dial(), et.dial()
+	getOn(t, a)
+	getOn(t, b)
+	last := et.dial()
+	write(t, last, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+	res, _ := readReply(t, bufio.NewReader(last), "GET") // the third, and nobody has a place
+	if et.Stats().Evicted != 0 {
+		t.Errorf("%+v", et.Stats())
+	}
+	if !res.Close {
+		write(t, a, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+		if res, _ = readReply(t, bufio.NewReader(a), "GET"); !res.Close {
+			t.Error("the connection stays")
+		}
+	}
+	getOn(t, et.dial()) // which has its place
+	if s := et.Stats(); s.Evicted != 0 || s.MaxOpen != 3 {
+		t.Errorf("%+v", s)
+	}
+}
+
 // A new connection takes the place of the one that has been idle for longest.
 func TestEdgeEvictsIdle(t *testing.T) {
 	for _, https := range []bool{false, true} {
@@ -292,6 +331,7 @@ func TestEdgeEvictsIdle(t *testing.T) {
 				c.MaxConns = places
 				c.Handle = reply
 			})
+			et.evictAtOnce()
 			dial := func() net.Conn {
 				if https {
 					return et.dialTLS()
@@ -326,6 +366,7 @@ func TestEdgeEvictsIdleHTTP2(t *testing.T) {
 		c.MaxConns = 2
 		c.Handle = reply
 	})
+	et.evictAtOnce()
 	var last *h2Client
 	for i := range 3 {
 		c := newH2Client(et.dialTLS("h2"))
@@ -364,12 +405,12 @@ func TestEdgeBacklog(t *testing.T) {
 		t.Fatalf("%s has got through", q.Target)
 	default:
 	}
-	reply(busy[0]) // which makes its connection idle
+	reply(busy[0]) // which ends its connection
 	q := et.next()
 	if q.Target != "/waits" {
 		t.Error(q.Target)
 	}
-	if s := et.Stats(); s.MaxOpen != 3 || s.Evicted != 1 {
+	if s := et.Stats(); s.MaxOpen != 3 || s.Evicted != 0 {
 		t.Errorf("%+v", s)
 	}
 	for _, q := range append(busy[1:], q) {

@@ -468,8 +468,8 @@ func (q *EdgeRequest) answerNow(status int, header http.Header, size int64, writ
 	if size >= 0 && status != http.StatusNoContent && status != http.StatusNotModified {
 		h["Content-Length"] = []string{strconv.FormatInt(size, 10)}
 	}
-	if q.close && !q.HTTP2 {
-		h["Connection"] = []string{"close"}
+	if q.close && !q.HTTP2 || q.edge.conns.crowded() {
+		h["Connection"] = []string{"close"} // which HTTP/2 takes for GOAWAY
 	}
 	w := &edgeWriter{q: q, left: size}
 	q.w.WriteHeader(status) // which sends nothing yet

@@ -1013,7 +1013,8 @@ func TestPresenceTakesAShareOfTheTime(t *testing.T) {
 		{2 * time.Millisecond, 20}, // the rate
 		{10 * time.Millisecond, 10},
 		{50 * time.Millisecond, 2},
-		{500 * time.Millisecond, 0.2},
+		{150 * time.Millisecond, 2. / 3},
+		{900 * time.Millisecond, slowest},
 		{3 * time.Second, 20}, // it waits for something else
 	} {
 		r := newRig(t, func(c *Config) { c.EphemeralShare, c.EphemeralRate, c.Concurrency = 0.1, 20, 8 })

@@ -127,11 +127,13 @@ const (
 
 const (
 	// slowest is the least rate of presence and typing in a second, however long the
-	// homeserver takes.
-	slowest = 0.1
+	// homeserver takes: the rate could not recover if nothing was measured any more.
+	slowest = 0.25
 	// smoothing is how many answers count for the time that the homeserver takes over
 	// presence and typing.
 	smoothing = 8
+	// outlier is by how much more than the others one of them counts at most.
+	outlier = 4
 )
 
 // tookEphemeral notes how long the homeserver took over presence or typing. What waited for
@@ -141,10 +143,11 @@ func (m *Machine) tookEphemeral(c *call) {
 		return
 	}
 	took := m.now.Sub(c.started)
-	if m.ephemeral == 0 {
-		m.ephemeral = took
+	if m.measured++; m.measured > 1 {
+		took = min(took, outlier*m.ephemeral)
 	}
-	m.ephemeral += (took - m.ephemeral) / smoothing
+	// The first ones count for more, so that a bad one is soon made up for.
+	m.ephemeral += (took - m.ephemeral) / time.Duration(min(m.measured, smoothing))
 	m.setPace()
 }
 
@@ -153,11 +156,12 @@ func (m *Machine) tookEphemeral(c *call) {
 func (m *Machine) setPace() {
 	limit := m.cfg.EphemeralRate
 	if m.ephemeral > 0 {
-		limit = min(limit, max(slowest, m.cfg.EphemeralShare/m.ephemeral.Seconds()))
+		limit = min(limit, m.cfg.EphemeralShare/m.ephemeral.Seconds())
 	}
 	if over := min(m.pressure, hard) - calm; over > 0 {
 		limit *= 1 - 0.75*float64(over)/(hard-calm)
 	}
+	limit = max(limit, min(slowest, m.cfg.EphemeralRate))
 	m.pace.SetLimitAt(m.now.Std(), rate.Limit(limit))
 	m.pace.SetBurstAt(m.now.Std(), burst(limit/4))
 }

@@ -43,8 +43,9 @@ type Machine struct {
 	turns *sched.Stride
 	home  homeserver
 	pace  *rate.Limiter // of BandEphemeral
-	// ephemeral is how long the homeserver takes over one of these, 0: not known
+	// ephemeral is how long the homeserver takes over one of these, of so many measured
 	ephemeral time.Duration
+	measured  int64
 	joins     joins
 	record    recorder
 

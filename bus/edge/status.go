@@ -184,7 +184,7 @@ func (m *Machine) Snapshot(now sched.Time, worst int) Snapshot {
 		Home:            HomeStatus{Up: !m.home.down, Since: m.home.since, Why: m.home.why, Downs: m.home.times, Down: m.home.total},
 		Joins:           len(m.joins.rooms),
 		EphemeralRate:   float64(m.pace.Limit()),
-		Recording:       sched.Gauge{Used: sched.Slots(m.record.total()), Limit: maxRecording, Max: sched.Slots(m.record.top)},
+		Recording:       sched.Gauge{Used: sched.Slots(m.record.total()), Limit: maxRecording + sched.Slots(m.cfg.Concurrency), Max: sched.Slots(m.record.top)},
 		Origins:         len(m.origins),
 		OriginsLimit:    int(m.cfg.Origins),
 	}

@@ -24,9 +24,9 @@ type edgeCounts struct {
 	replies   replyCounts
 }
 
-// perform does one thing that the core asks for. It runs on the loop's goroutine
-// and never blocks.
-func (s *edgeShell) perform(e edge.Effect) {
+// perform does one thing that the core asks for; looked is the request that has been
+// looked up, if that is why. It runs on the loop's goroutine and never blocks.
+func (s *edgeShell) perform(e edge.Effect, looked *caller) {
 	n := s.n
 	switch e := e.(type) {
 	case edge.Verify:
@@ -40,12 +40,11 @@ func (s *edgeShell) perform(e edge.Effect) {
 	case edge.Reply:
 		s.reply(s.ended(e.Req), s.relays[e.Op])
 	case edge.Replay:
-		c := s.ended(e.Req)
-		body := c.found
+		body := looked.found
 		if e.FromPDUs {
-			body = pduAnswer(c.acked)
+			body = pduAnswer(looked.acked)
 		}
-		s.answer(c, http.StatusOK, nil, body)
+		s.answer(s.ended(e.Req), http.StatusOK, nil, body)
 	case edge.Empty:
 		s.answer(s.ended(e.Req), http.StatusOK, nil, emptyAnswer)
 	case edge.Refuse:

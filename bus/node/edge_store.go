@@ -38,12 +38,12 @@ func (l lookJob) run(n *Node) {
 	if err != nil && !errors.Is(err, store.ErrClosed) {
 		n.trouble.commit(err)
 	}
-	l.s.post(ev)
+	n.loop.Post(event{edge: ev, caller: l.c})
 }
 
 func (l lookJob) crashed(n *Node, err error) {
 	n.log.Error("a worker failed", "error", err)
-	l.s.post(edge.Looked{Req: edge.ReqID(l.c.q.ID)})
+	n.loop.Post(event{edge: edge.Looked{Req: edge.ReqID(l.c.q.ID)}, caller: l.c})
 }
 
 // transaction looks for what the transaction, or its PDUs, were answered before.

@@ -298,6 +298,43 @@ func TestEdgeAnswersOutliveAKill(t *testing.T) {
 	}
 }
 
+// Many that come at the same moment get the same answer, and it is the first one's.
+func TestEdgeAnswersThatAreAskedForTogether(t *testing.T) {
+	r := startEdge(t, "", config{})
+	_, want := r.send(r.txn(0, "t1", pduNo(1), ""))
+	_, other := r.send(r.txn(0, "t2", pduNo(2), ""))
+	type result struct{ id, body string }
+	got := make(chan result, 200)
+	for i := range 100 {
+		for _, id := range []string{"t1", fmt.Sprint("again", i%3)} {
+			pdu := pduNo(1)
+			if id != "t1" {
+				pdu = pduNo(2)
+			}
+			req := r.txn(0, id, pdu, "")
+			go func() {
+				resp, err := r.https.Do(req)
+				if err != nil {
+					got <- result{id, err.Error()}
+					return
+				}
+				defer resp.Body.Close()
+				b, _ := io.ReadAll(resp.Body)
+				got <- result{id, string(b)}
+			}()
+		}
+	}
+	for range 200 {
+		x := <-got
+		if x.id == "t1" && x.body != want || x.id != "t1" && x.body != other {
+			t.Fatalf("%s is answered with %q, want %q or %q", x.id, x.body, want, other)
+		}
+	}
+	if n := len(r.home.seen); n != 2 {
+		t.Errorf("the homeserver saw %v", r.home.seen)
+	}
+}
+
 func TestEdgeRefusesWhatIsNotAuthentic(t *testing.T) {
 	r := startEdge(t, "deny = [\"*.denied.test\"]\nno_key = \"refuse\"", config{})
 	name := string(r.world.Names()[0])

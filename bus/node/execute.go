@@ -31,7 +31,7 @@ func (n *Node) execute(effects []effect) {
 	}
 	for _, e := range effects {
 		if e.edge != nil {
-			n.edge.perform(e.edge)
+			n.edge.perform(e.edge, e.looked)
 			continue
 		}
 		look(e.Effect, false)

@@ -123,10 +123,12 @@ type event struct {
 	wants          *keyWish
 }
 
-// effect is what one of the cores wants done.
+// effect is what one of the cores wants done. A Replay comes with the request whose
+// Look it is about, which may be over by then.
 type effect struct {
 	bus.Effect
-	edge edge.Effect
+	edge   edge.Effect
+	looked *caller
 }
 
 // machine lets the loop run both cores while the node keeps its own books of
@@ -163,7 +165,7 @@ func (m *machine) inbound(now sched.Time, ev event, out []effect) []effect {
 		m.edge = s.step(now, ev.edgeThen, m.edge)
 	}
 	for _, e := range m.edge {
-		out = append(out, effect{edge: e})
+		out = append(out, effect{edge: e, looked: ev.caller})
 	}
 	clear(m.edge)
 	return out
