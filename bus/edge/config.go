@@ -275,9 +275,11 @@ const (
 	// waits for it.
 	maxRun = 10 * time.Minute
 
-	// afterJoin is how long a join window goes on after the answer to the join is
-	// through, as the homeserver has yet to write down what it has learnt.
-	afterJoin = 2 * time.Second
+	// A join window goes on after the answer to the join is through, as the homeserver
+	// has yet to write down what it has learnt: for as long as the answer took, within
+	// these.
+	leastAfterJoin = 250 * time.Millisecond
+	afterJoin      = 2 * time.Second
 	// maxJoins bounds the rooms that are being joined.
 	maxJoins = 64
 

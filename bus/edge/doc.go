@@ -105,8 +105,8 @@
 // # Joins
 //
 // While our homeserver joins a room (Joining), it acknowledges the room's events and
-// throws them away. So transactions with such events wait until two seconds after
-// that, or JoinHold after their arrival; presence waits for JoinHold.
+// throws them away. So transactions with such events wait until that is over and, for
+// two seconds at most, as long again, or for JoinHold; presence waits for JoinHold.
 //
 // # Invariants
 //

@@ -1202,6 +1202,17 @@ func TestJoinHoldsTransactionsOfItsRoom(t *testing.T) {
 
 	r = newRig(t, nil)
 	r.step(Joining{Room: "!r:x", Open: true})
+	r.pass(100 * time.Millisecond)
+	r.step(Joining{Room: "!r:x"})
+	a = r.send("a.test", pdus("1", "!r:x"))
+	r.pass(leastAfterJoin - time.Millisecond)
+	r.one("the homeserver writes it down", len(of[Forward](r.last)) == 0)
+	r.pass(time.Millisecond)
+	r.one("which takes less where the join was quick", r.forwarded().Req == a)
+	r.rest()
+
+	r = newRig(t, nil)
+	r.step(Joining{Room: "!r:x", Open: true})
 	r.send("a.test", pdus("1", "!o:x", "!r:x"))
 	r.send("c.test", presence("1", 1))
 	r.pass(24 * time.Second)

@@ -12,11 +12,17 @@ const joinLongest = 15 * time.Minute
 // joins are the rooms that our homeserver is joining. It ignores, but acknowledges,
 // events of a room that it does not know yet, so these wait.
 type joins struct {
-	rooms map[string]*sched.Timer[timer] // when their windows are over
-	since sched.Time                     // of the first of those that are open
+	rooms map[string]*joinWindow
+	since sched.Time // of the first of those that are open
 }
 
-func (j *joins) init() { j.rooms = make(map[string]*sched.Timer[timer]) }
+// joinWindow is one room.
+type joinWindow struct {
+	opened sched.Time
+	timer  *sched.Timer[timer] // when it is over
+}
+
+func (j *joins) init() { j.rooms = make(map[string]*joinWindow) }
 
 // concerns reports whether one of the rooms is being joined.
 func (j *joins) concerns(rooms []string) bool {
@@ -41,23 +47,28 @@ func (j *joins) quiet(hold time.Duration) sched.Time {
 
 func (m *Machine) joining(ev Joining) {
 	j := &m.joins
-	t := j.rooms[ev.Room]
+	w := j.rooms[ev.Room]
+	known := w != nil
 	switch {
-	case ev.Room == "" || !ev.Open && t == nil:
+	case ev.Room == "" || !ev.Open && !known:
 		return
-	case t == nil && len(j.rooms) >= maxJoins:
+	case !known && len(j.rooms) >= maxJoins:
 		m.stats.JoinsIgnored++
 		return
-	case t == nil && len(j.rooms) == 0:
+	case !known && len(j.rooms) == 0:
 		j.since = m.now
 	}
-	m.timers.Stop(t)
+	if !known {
+		w = &joinWindow{opened: m.now}
+		j.rooms[ev.Room] = w
+	}
+	m.timers.Stop(w.timer)
 	after := joinLongest
 	if !ev.Open {
-		after = afterJoin
+		after = min(max(m.now.Sub(w.opened), leastAfterJoin), afterJoin)
 	}
-	j.rooms[ev.Room] = m.timers.Set(m.now.Add(after), timer{room: ev.Room})
-	if t == nil {
+	w.timer = m.timers.Set(m.now.Add(after), timer{room: ev.Room})
+	if !known {
 		m.holdWaiting()
 	}
 }

@@ -523,7 +523,11 @@ func limitMemory(cfg *Config) {
 		debug.SetMemoryLimit(int64(cfg.MemoryLimit) * 2 / 3)
 	}
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(200)
+		percent := 200
+		if cfg.hasEdge() {
+			percent = 100 // hundreds of connections live, and would count three times
+		}
+		debug.SetGCPercent(percent)
 	}
 }
 
