@@ -108,9 +108,13 @@ type ReplyKeys struct {
 	Wants []matrix.KeyWant
 }
 
-// KeyFetched says that a KeyWanted is over: what could be had is in the store.
-// Exactly one comes for each.
-type KeyFetched struct{ For uint64 }
+// KeyFetched says that a KeyWanted is over: what could be had is in the store. Asked
+// says whether somebody was asked for it, now or within the last minute. Exactly one
+// comes for each.
+type KeyFetched struct {
+	For   uint64
+	Asked bool
+}
 
 // JoinWindow says that the homeserver has begun to join a room, or is through with
 // that: meanwhile it throws away what others send of that room.

@@ -109,11 +109,13 @@ type KeysSeen struct {
 }
 
 // KeyWanted: the shell needs a key of a server to check a signature with, which it
-// does not have. For is the shell's own name for that, never used twice.
+// does not have. For is the shell's own name for that, never used twice. Newer: it has
+// one, which does not fit, so what is in the store does not count.
 type KeyWanted struct {
 	For    uint64
 	Server matrix.ServerName
 	KeyID  string
+	Newer  bool
 }
 
 // Alive: something came from a server that it has signed.

@@ -73,6 +73,7 @@ type keyQuery struct {
 	found   bool   // some of it is in the store, or came
 	again   bool   // it is being looked up once more
 	forKey  bool   // it is the shell's, for one key
+	asked   bool   // somebody was asked
 	wanted  uint64 // by which KeyWanted, until that is over
 	why     string // how a fetch failed
 	timer   *sched.Timer[timer]
@@ -204,6 +205,7 @@ func (m *Machine) fetchKeys(q *keyQuery, wants []matrix.KeyWant) {
 		k.via = ""
 	}
 	if until, ok := d.missing[k]; ok && m.now < until {
+		q.asked = true
 		m.stats.KeysMissing += int64(len(wants))
 		return
 	}
@@ -232,6 +234,7 @@ func (m *Machine) fetchKeys(q *keyQuery, wants []matrix.KeyWant) {
 	}
 	f.waiters = append(f.waiters, q)
 	q.open[f] = true
+	q.asked = q.asked || f.call != nil && f.call.op != 0
 	m.pump(f.desk)
 }
 
@@ -343,6 +346,9 @@ func (m *Machine) ask(n *notary, batch int) {
 		h.stranger = c.forKey
 	}
 	c.host = h
+	if c.forKey && h.Failures > 0 && m.worthTrying(h.LastTry, h.NextTry) {
+		h.NextTry = m.now // what came in its name may be from it
+	}
 	if h.backingOff(m.now) || n.name == "" && h.hanging(m.now) {
 		m.keysEnd(c, h.why(m.now), false)
 		return
@@ -370,6 +376,9 @@ func (m *Machine) sendKeys(c *call) {
 	c.wants = nil
 	for _, f := range c.fetches {
 		c.wants = append(c.wants, f.wants...)
+		for _, q := range f.waiters {
+			q.asked = true
+		}
 	}
 	m.stats.KeyBatches++
 	m.stats.KeysAsked += int64(len(c.fetches))

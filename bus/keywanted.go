@@ -19,10 +19,14 @@ const keyWantedFor = 20 * time.Second
 // keyWanted fetches a key of a server.
 func (m *Machine) keyWanted(ev KeyWanted) {
 	if m.draining || m.keys.wants >= m.cfg.Keys.MaxWants {
-		m.emit(KeyFetched{ev.For})
+		m.emit(KeyFetched{For: ev.For})
 		return
 	}
-	wants := []matrix.KeyWant{{Server: ev.Server, KeyID: ev.KeyID, MinValid: m.now.Wall()}}
+	valid := m.now
+	if ev.Newer {
+		valid = valid.Add(matrix.MaxKeyValidity + time.Hour) // nothing that is stored is good for so long
+	}
+	wants := []matrix.KeyWant{{Server: ev.Server, KeyID: ev.KeyID, MinValid: valid.Wall()}}
 	q := &keyQuery{own: true, via: ev.Server, wants: wants, forKey: true, wanted: ev.For}
 	q.timer = m.timers.Set(m.now.Add(keyWantedFor), timer{query: q})
 	m.openQuery(q)
@@ -31,7 +35,7 @@ func (m *Machine) keyWanted(ev KeyWanted) {
 // keyOver tells the shell that its KeyWanted is over, if this is one.
 func (m *Machine) keyOver(q *keyQuery) {
 	if q.wanted != 0 {
-		m.emit(KeyFetched{q.wanted})
+		m.emit(KeyFetched{For: q.wanted, Asked: q.asked})
 		q.wanted = 0
 	}
 }

@@ -47,7 +47,7 @@ func TestKnownKeyIsOverAtOnce(t *testing.T) {
 	r := newRig(t, nil)
 	r.step(KeyWanted{For: 7, Server: "h.test", KeyID: "ed25519:1"})
 	r.step(KeysLoaded{Query: of[LoadKeys](r.last)[0].Query})
-	r.one("without a request", reflect.DeepEqual(r.last, []Effect{KeyFetched{7}}))
+	r.one("without a request", reflect.DeepEqual(r.last, []Effect{KeyFetched{For: 7}}))
 }
 
 func TestANotaryIsAskedForAServerThatIsAway(t *testing.T) {
@@ -109,7 +109,7 @@ func TestWantedKeysAreBounded(t *testing.T) {
 		r.wantKey(matrix.ServerName(fmt.Sprintf("h%d.test", i)))
 	}
 	r.step(KeyWanted{For: 99, Server: "late.test", KeyID: "ed25519:1"})
-	r.one("one more comes to nothing, at once", reflect.DeepEqual(r.last, []Effect{KeyFetched{99}}))
+	r.one("one more comes to nothing, at once", reflect.DeepEqual(r.last, []Effect{KeyFetched{For: 99}}))
 }
 
 func TestWantedKeysDoNotTakeForever(t *testing.T) {

@@ -70,8 +70,9 @@ type EdgeConfig struct {
 	MaxReading int
 
 	// MaxRequests bounds the requests held at a time: those whose body is read
-	// or waits to be, and those that wait for their answer or get it. A further
-	// one is answered 503 with Retry-After. 0 means 256.
+	// or waits to be, and those that wait for their answer or get it. One client
+	// may have a quarter. A further one is answered 503 with Retry-After. 0 means
+	// 256.
 	MaxRequests int
 
 	// HeaderTimeout bounds the TLS handshake, and the time from a request's
@@ -193,7 +194,8 @@ type Edge struct {
 	receiver receiver
 
 	mu    sync.Mutex
-	stats EdgeStats // without what conns and reading count
+	stats EdgeStats          // without what conns and reading count
+	held  map[netip.Addr]int // requests of each client
 }
 
 // EdgeStats is a snapshot of what an Edge holds and has done.
@@ -244,6 +246,7 @@ func NewEdge(c EdgeConfig) *Edge {
 		errorLog: rate.Sometimes{First: 1, Interval: errorLogInterval},
 		connLog:  rate.Sometimes{First: 1, Interval: errorLogInterval},
 		stats:    EdgeStats{Refused: map[int]uint64{}},
+		held:     map[netip.Addr]int{},
 	}
 	e.conns = newEdgeConns(c.MaxConns, c.MaxConnsPerAddr, e.trusted)
 	e.receiver = receiver{c.Spool, c.Logger, &e.errorLog}

@@ -576,6 +576,34 @@ func TestEdgeTooManyRequests(t *testing.T) {
 	}
 }
 
+// One client has a quarter of the requests that are held; others have theirs.
+func TestEdgeRequestsOfOneClient(t *testing.T) {
+	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) { c.MaxRequests = 8 })
+	send := func(from string) net.Conn {
+		c := et.dial(from)
+		write(t, c, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+		return c
+	}
+	var held []*EdgeRequest
+	for range 2 {
+		send("127.0.0.2")
+		held = append(held, et.next())
+	}
+	res, _ := readReply(t, bufio.NewReader(send("127.0.0.2")), "GET")
+	if res.StatusCode != 503 || res.Header.Get("Retry-After") == "" {
+		t.Errorf("%d %v", res.StatusCode, res.Header)
+	}
+	send("127.0.0.3")
+	held = append(held, et.next())
+	for _, q := range held {
+		reply(q)
+	}
+	eventually(t, "nothing is held", func() bool { return et.Stats().Held == 0 })
+	if n := len(et.held); n != 0 {
+		t.Errorf("%d clients are remembered", n)
+	}
+}
+
 func TestEdgeSpoolFull(t *testing.T) {
 	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
 		c.Spool = newTestSpool(t, SpoolConfig{Memory: 1000})

@@ -11,7 +11,7 @@ import (
 func TestEdgeAnswerHoldsUpNobody(t *testing.T) {
 	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
 		c.TLS = testCertificates(t)
-		c.MaxStreams = 200
+		c.MaxStreams, c.MaxRequests = 200, 1000
 		c.StallTimeout = testWait
 	})
 	slow := newH2Client(et.dialTLS("h2"))

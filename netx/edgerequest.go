@@ -100,9 +100,7 @@ func (e *Edge) serve(w http.ResponseWriter, r *http.Request) {
 	held := false
 	defer func() {
 		if held {
-			e.mu.Lock()
-			e.stats.Held--
-			e.mu.Unlock()
+			e.unhold(q)
 		}
 		switch p := recover(); {
 		case p == http.ErrAbortHandler:
@@ -122,7 +120,7 @@ func (e *Edge) serve(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	if held = e.hold(); !held {
+	if held = e.hold(q); !held {
 		ref := refuseRequests
 		q.refuse(&EdgeRefusal{Status: ref.status, Errcode: ref.errcode, Message: ref.message, Header: http.Header{"Retry-After": {edgeRetryAfter}}}, false)
 		return
@@ -141,16 +139,42 @@ func (e *Edge) serve(w http.ResponseWriter, r *http.Request) {
 	q.hand(r.Context())
 }
 
-// hold counts the request towards MaxRequests, unless so many are held.
-func (e *Edge) hold() bool {
+// hold counts the request towards MaxRequests, unless so many are held, or a quarter
+// of them for its client.
+func (e *Edge) hold(q *EdgeRequest) bool {
+	key := q.clientKey()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.stats.Held >= e.cfg.MaxRequests {
+	if e.stats.Held >= e.cfg.MaxRequests || key.IsValid() && e.held[key] >= max(1, e.cfg.MaxRequests/4) {
 		return false
 	}
 	e.stats.Held++
 	e.stats.MaxHeld = max(e.stats.MaxHeld, e.stats.Held)
+	if key.IsValid() {
+		e.held[key]++
+	}
 	return true
+}
+
+func (e *Edge) unhold(q *EdgeRequest) {
+	key := q.clientKey()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.stats.Held--
+	if key.IsValid() {
+		if e.held[key]--; e.held[key] == 0 {
+			delete(e.held, key)
+		}
+	}
+}
+
+// clientKey is what its client's share is counted under; zero if nobody knows whose
+// it is, as behind a proxy that does not say for whom it speaks.
+func (q *EdgeRequest) clientKey() netip.Addr {
+	if !q.Client.IsValid() || q.Client == q.conn.peer && q.conn.trusted {
+		return netip.Addr{}
+	}
+	return clientKey(q.Client)
 }
 
 // head looks at everything but the body. r.URL is not used: printing it would
@@ -287,13 +311,7 @@ func (q *EdgeRequest) readBody(r *http.Request) error {
 		return nil
 	}
 	e, deadline := q.edge, q.Received.Add(q.edge.cfg.BodyTimeout)
-	key := q.Client
-	if key == q.conn.peer && q.conn.trusted {
-		key = netip.Addr{} // a proxy that does not say for whom it speaks
-	}
-	if key.IsValid() {
-		key = clientKey(key)
-	}
+	key := q.clientKey()
 	switch err := e.reading.acquire(r.Context(), key, deadline); {
 	case err == errNoSlot:
 		return refuseReading

@@ -275,7 +275,7 @@ func (w *simWorld) do(e Effect) {
 			d = w.between(20*time.Millisecond, 4*time.Second)
 		}
 		w.later(d, func() {
-			v := Verified{Req: e.Req, Verdict: NoKey}
+			v := Verified{Req: e.Req, Verdict: NoKey, Tried: e.MayFetch && w.rng.IntN(5) > 0 || w.rng.IntN(20) == 0}
 			if e.MayFetch && r.truth != isKeyless && w.rng.IntN(10) > 0 {
 				w.keys[r.Origin] = true
 			}

@@ -31,6 +31,7 @@ type rig struct {
 func newRig(t *testing.T, change func(*Config)) *rig {
 	t.Helper()
 	cfg := Default()
+	cfg.UnverifiedBytes, cfg.Bytes = 14*sched.MiB, 32*sched.MiB
 	cfg.EphemeralShare, cfg.EphemeralHold, cfg.EphemeralWaiting = 1, 40*time.Second, 2000 // so that only the rate counts
 	if change != nil {
 		change(&cfg)
@@ -57,7 +58,7 @@ func (r *rig) step(ev Event) []Effect {
 				if r.verdict != nil {
 					v = r.verdict(q)
 				}
-				todo = append(todo, Verified{Req: e.Req, Verdict: v, Text: "because"})
+				todo = append(todo, Verified{Req: e.Req, Verdict: v, Text: "because", Tried: v == NoKey && e.MayFetch})
 			case Look:
 				q := r.m.reqs[e.Req]
 				todo = append(todo, Looked{Req: e.Req, Found: r.known != nil && r.known(string(q.Origin), q.Txn.ID)})

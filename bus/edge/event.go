@@ -93,6 +93,9 @@ type Verified struct {
 	Req     ReqID
 	Verdict Verdict
 	Text    string // of Forged and NoKey, for people
+	// Tried: of NoKey, the key was asked for, now or within the last minute, so that
+	// asking again would come to nothing.
+	Tried bool
 }
 
 // Looked: what the store knows of a request. Exactly one comes for each Look.

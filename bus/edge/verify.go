@@ -135,7 +135,7 @@ func (m *Machine) verified(ev Verified) {
 		case p.answered:
 			m.free(p)
 		case ev.Verdict == NoKey && slices.Equal(p.Keys, keys):
-			m.noKey(p, true, ev.Text)
+			m.noKey(p, ev.Tried, ev.Text)
 		default:
 			m.queueVerify(m.desk.peers[p.Peer], p)
 		}
@@ -166,8 +166,8 @@ func (m *Machine) judge(r *request, ev Verified) {
 		switch {
 		case r.answered:
 			m.free(r)
-		case r.fetched:
-			m.noKey(r, true, ev.Text)
+		case r.fetched, ev.Tried:
+			m.noKey(r, ev.Tried, ev.Text)
 		default:
 			m.fetch(r, ev.Text)
 		}

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"fsbus/bus/matrix"
 	"fsbus/sched"
 )
 
@@ -155,17 +156,19 @@ func (c *Config) Budget() Budget {
 		forwards := e.Concurrency + e.Parallel
 		add("servers' connections", "edge.max_connections", e.MaxConnections, edgeConnCost)
 		add("servers' requests", "edge.requests", e.Requests+e.Unverified, edgeRequestCost)
-		add("servers' bodies", "edge.spool_memory", 1, e.SpoolMemory)
+		add("servers' bodies, and answers", "edge.spool_memory", 2, e.SpoolMemory)
 		add("of them, being read", "edge.max_reading", e.MaxReading, edgeReadingCost)
 		add("at the homeserver", "edge.parallel", forwards, forwardCost)
 		add("origins remembered", "edge.origins", e.Origins, originCost)
 		add("keys at hand", "", 2*maxRing, ringCost)
+		// One body of the largest size at a time, and what is made of it to check it.
+		add("large bodies being verified", "", 2, matrix.MaxRequestBody)
 		b.Goroutines += e.MaxConnections*edgeConnGoroutines + forwards*forwardGoroutines + verifiers + len(e.Listen)
-		b.FileDescriptors += e.MaxConnections + forwards + spoolFiles
+		b.FileDescriptors += e.MaxConnections + forwards + 2*spoolFiles
 		if e.PassClient {
 			add("clients' requests", "", clientRequests, forwardCost)
 			b.FileDescriptors += clientRequests
-			b.Goroutines += 2 * clientRequests
+			b.Goroutines += 3 * clientRequests
 		}
 	}
 	return b

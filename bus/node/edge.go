@@ -23,12 +23,6 @@ const (
 	// than a small board has cores to spare.
 	verifying = 64
 	verifiers = 2
-	// clientRequests is how many requests of clients are passed on at a time. Most of
-	// them wait for news.
-	clientRequests = 64
-	// maxClientBody bounds the body of a client's request, in bytes; the homeserver
-	// has its own bound for uploads.
-	maxClientBody = 100 << 20
 )
 
 // edgeShell executes what the core of package edge decides: it is to that what
@@ -38,9 +32,11 @@ type edgeShell struct {
 	core     *edge.Machine
 	server   *netx.Edge
 	upstream *netx.Upstream
-	clients  *netx.Upstream // nil: what clients want is not passed on
+	clients  *clientSide // nil: what clients want is not passed on
 	certs    *netx.Certificates
-	spool    *netx.Spool // of requests; answers are in Node.spool
+	spool    *netx.Spool // of requests
+	answers  *netx.Spool // of the homeserver's answers
+	bulk     bulk
 	ring     *keyring
 	own      ownAnswers
 	covers   hasher
@@ -51,7 +47,7 @@ type edgeShell struct {
 	// Of the loop's goroutine.
 	requests map[edge.ReqID]*caller
 	relays   map[edge.OpID]*relay
-	wanted   map[uint64]verifyJob // that wait for a key, by KeyWanted.For
+	wanted   map[uint64]*keyWish // by KeyWanted.For
 	lastKey  uint64
 
 	counts    edgeCounts
@@ -85,7 +81,7 @@ func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
 	held := e.Requests + e.Unverified
 	s := &edgeShell{
 		n: n, ring: newKeyring(n), covers: newHasher(),
-		requests: make(map[edge.ReqID]*caller), relays: make(map[edge.OpID]*relay), wanted: make(map[uint64]verifyJob),
+		requests: make(map[edge.ReqID]*caller), relays: make(map[edge.OpID]*relay), wanted: make(map[uint64]*keyWish),
 		drained: make(chan struct{}),
 	}
 	var err error
@@ -101,19 +97,23 @@ func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
 		return nil, fmt.Errorf("edge.homeserver: %w", err)
 	}
 	if e.PassClient {
-		// Its own connections, so that nobody waits for what clients wait for.
-		up.MaxConns, up.StallTimeout = clientRequests, 10*time.Minute
 		held += clientRequests
-		if s.clients, err = netx.NewUpstream(up); err != nil {
+		if s.clients, err = newClientSide(up); err != nil {
 			return nil, fmt.Errorf("edge.homeserver: %w", err)
 		}
 	}
-	s.spool, err = netx.NewSpool(netx.SpoolConfig{
-		Dir:    filepath.Join(cfg.DataDir, "spool-edge"),
-		Memory: int64(e.SpoolMemory), Disk: int64(e.RequestBytes) + int64(e.UnverifiedBytes), Inline: int64(cfg.Outbound.SpoolInline),
-	})
-	if err != nil {
-		return nil, err
+	for _, sp := range []struct {
+		spool **netx.Spool
+		dir   string
+		disk  int64
+	}{{&s.spool, "spool-edge", cfg.edgeDisk()}, {&s.answers, "spool-answers", int64(cfg.Outbound.SpoolDisk) / 2}} {
+		*sp.spool, err = netx.NewSpool(netx.SpoolConfig{
+			Dir:    filepath.Join(cfg.DataDir, sp.dir),
+			Memory: int64(e.SpoolMemory), Disk: sp.disk, Inline: int64(cfg.Outbound.SpoolInline),
+		})
+		if err != nil {
+			return nil, err
+		}
 	}
 	s.server = netx.NewEdge(netx.EdgeConfig{
 		TLS: s.certs, TrustedProxies: e.proxies(),
@@ -133,9 +133,21 @@ func (s *edgeShell) start(cfg *Config) {
 	s.verifiers = sched.NewPool(verifiers, verifying+e.KeyFetches, func(j verifyJob) { j.run(s) }, func(j verifyJob, err error) { j.crashed(s, err) })
 	running := e.Concurrency + e.Parallel
 	s.forwards = sched.NewPool(running, running, func(r *relay) { r.run(s) }, func(r *relay, err error) { r.crashed(s, err) })
+	if s.clients != nil {
+		s.clients.start(s.n)
+	}
 }
 
-// jobs returns how many requests may be waiting to be answered, or for the store.
+// edgeDisk returns how many bytes of requests may be on disk.
+func (c *Config) edgeDisk() int64 {
+	n := int64(c.Edge.RequestBytes) + int64(c.Edge.UnverifiedBytes)
+	if c.Edge.PassClient {
+		n += clientDisk
+	}
+	return n
+}
+
+// edgeJobs returns how many requests may be waiting to be answered, or for the store.
 func (c *Config) edgeJobs() int {
 	if !c.hasEdge() {
 		return 0
@@ -203,8 +215,12 @@ func (s *edgeShell) stop(ctx context.Context, by sched.Time) {
 	now, cancel := context.WithCancel(ctx)
 	cancel()
 	_ = s.server.Shutdown(now) // closes what listens and what is idle, and waits for nothing
+	// All are answered by then; only what waits for a key may go on for longer.
+	late := time.NewTimer(by.Sub(s.n.clock.Now()) + time.Second)
+	defer late.Stop()
 	select {
 	case <-s.drained:
+	case <-late.C:
 	case <-ctx.Done():
 	}
 	written, cancel := context.WithTimeout(ctx, edgeFlush)
@@ -226,7 +242,7 @@ func (s *edgeShell) close(ctx context.Context) {
 	}
 	s.upstream.CloseIdle()
 	if s.clients != nil {
-		s.clients.CloseIdle()
+		s.clients.close(ctx)
 	}
 }
 

@@ -87,7 +87,9 @@ func (s *edgeShell) forget(id edge.ReqID, c *caller) {
 
 // gone passes on that another server no longer waits.
 func (s *edgeShell) gone(q *netx.EdgeRequest) {
-	s.post(edge.Gone{Req: edge.ReqID(q.ID)})
+	if !s.clients.gone(q) {
+		s.post(edge.Gone{Req: edge.ReqID(q.ID)})
+	}
 }
 
 // reply has a request answered with what the homeserver said, in the request's own

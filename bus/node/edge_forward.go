@@ -28,11 +28,17 @@ type relay struct {
 	body   *netx.Body
 
 	whole *edge.Answered // not posted yet: it goes together with Done
+
+	// Of the 200 to a transaction, before Done is posted: the body, if it is not too
+	// large to be kept, and what it acknowledges.
+	kept   []byte
+	acked  []string
+	failed int
 }
 
 func (s *edgeShell) forward(e edge.Forward) {
 	c := s.requests[e.Req]
-	r := &relay{op: e.Op, c: c, body: s.n.spool.New()}
+	r := &relay{op: e.Op, c: c, body: s.answers.New()}
 	if c.q.Body != nil {
 		c.q.Body.Retain()
 	}
@@ -43,7 +49,25 @@ func (s *edgeShell) forward(e edge.Forward) {
 
 // run takes a request to the homeserver and brings the answer. It posts exactly
 // one Done.
-func (r *relay) run(s *edgeShell) { s.forwarded(r, s.exchange(r)) }
+func (r *relay) run(s *edgeShell) {
+	done := s.exchange(r)
+	if done.Failure == matrix.FailNone {
+		r.read(s)
+	}
+	s.forwarded(r, done)
+}
+
+// read looks into an answer of which something is kept.
+func (r *relay) read(s *edgeShell) {
+	s.own.keep(r, s.n)
+	if r.c.txn == nil || r.status != http.StatusOK {
+		return
+	}
+	r.kept = r.bytes()
+	if ids, failed, ok := matrix.AcknowledgedPDUs(r.kept); ok {
+		r.acked, r.failed = ids, failed
+	}
+}
 
 // crashed ends a relay whose forwarder panicked.
 func (r *relay) crashed(s *edgeShell, err error) {
@@ -56,9 +80,6 @@ func (s *edgeShell) forwarded(r *relay, done edge.Done) {
 	if r.c.q.Body != nil {
 		r.c.q.Body.Release()
 	}
-	if done.Failure == matrix.FailNone {
-		s.own.keep(r, s.n)
-	}
 	done.Op = r.op
 	if r.whole != nil {
 		s.n.loop.Post(event{edge: *r.whole, edgeThen: done})
@@ -66,6 +87,10 @@ func (s *edgeShell) forwarded(r *relay, done edge.Done) {
 	}
 	s.post(done)
 }
+
+// perClient are headers that make an answer fit for one client only. An answer may be
+// stored, or shared with others who ask for the same.
+var perClient = []string{"Accept-Encoding", "If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since", "If-Range", "Range"}
 
 // forwardedFor says for whom the bus speaks, as Synapse's x_forwarded has it.
 func forwardedFor(q *netx.EdgeRequest) http.Header {
@@ -84,6 +109,7 @@ func forwardedFor(q *netx.EdgeRequest) http.Header {
 // exchange returns how the attempt ended, having closed the body for writing.
 func (s *edgeShell) exchange(r *relay) (done edge.Done) {
 	var err error
+	done = edge.Done{Failure: matrix.FailLocal, Detail: "internal error"} // after a panic
 	defer func() {
 		if done.Failure != matrix.FailNone && err == nil {
 			err = errors.New(done.Detail)
@@ -92,11 +118,21 @@ func (s *edgeShell) exchange(r *relay) (done edge.Done) {
 	}()
 	q := r.c.q
 	req := &netx.UpstreamRequest{Method: q.Method, Target: q.Target, Host: q.Host, Header: forwardedFor(q), Size: q.Size}
-	if b := q.Body; b != nil {
+	for _, name := range perClient {
+		delete(req.Header, name)
+	}
+	switch b := q.Body; {
+	case b == nil:
+	case r.c.endpoint.Once:
+		req.Body = b.Reader() // closed by Do, and not sent again
+	default:
 		req.GetBody = func() (io.ReadCloser, error) { return b.Reader(), nil }
 	}
 	resp, err := s.upstream.Do(r.ctx, req)
 	if err != nil {
+		if errors.Is(err, netx.ErrUpstreamDown) {
+			s.own.forget() // it may come back with another key
+		}
 		return s.unforwarded(err)
 	}
 	defer resp.Body.Close()
@@ -162,26 +198,3 @@ func (r *relay) bytes() []byte {
 	}
 	return b
 }
-
-// passClient passes a client's request on to the homeserver, and the answer back.
-// It runs on the request's goroutine, and knows no order and no queue.
-func (s *edgeShell) passClient(q *netx.EdgeRequest) {
-	s.counts.clients.Add(1)
-	defer q.Release()
-	ctx, cancel := context.WithTimeout(context.Background(), clientPatience)
-	defer cancel()
-	req := &netx.UpstreamRequest{Method: q.Method, Target: q.Target, Host: q.Host, Header: forwardedFor(q), Size: q.Size}
-	if b := q.Body; b != nil {
-		req.GetBody = func() (io.ReadCloser, error) { return b.Reader(), nil }
-	}
-	resp, err := s.clients.Do(ctx, req)
-	if err != nil {
-		_ = q.Reply(http.StatusBadGateway, nil, matrix.ErrorJSON(matrix.MUnknown, "fsbus: the homeserver does not answer")) // who has gone has gone
-		return
-	}
-	defer resp.Body.Close()
-	_ = q.Stream(resp.StatusCode, resp.Header, resp.ContentLength, resp.Body) // the same
-}
-
-// clientPatience bounds a client's request: it is longer than any long poll.
-const clientPatience = 5 * time.Minute

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"hash/maphash"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -51,14 +52,17 @@ func mark(s string) uint64 { return maphash.String(gapSeed, s) }
 // follows returns what the events of a transaction come after.
 func follows(pdus []matrix.PDU) (list []follow) {
 	for i := range pdus {
-		f := follow{room: pdus[i].Room}
+		if !isRoomID(pdus[i].Room) {
+			continue
+		}
+		f := follow{room: strings.Clone(pdus[i].Room)}
 		for id := range pdus[i].PrevEvents() {
 			f.prev = append(f.prev, mark(id))
 			if len(f.prev) == 20 { // as many as an event may have (S2S "PDUs")
 				break
 			}
 		}
-		if f.room != "" && len(f.prev) > 0 {
+		if len(f.prev) > 0 {
 			list = append(list, f)
 		}
 	}

@@ -34,6 +34,8 @@ func placeOf(ep *matrix.Endpoint, target string) place {
 	switch {
 	case ep.Name == "well_known":
 		return toNobody // it is answered by the bus, if it is configured
+	case !known && strings.HasPrefix(target, sendPrefix):
+		return toNobody // a transaction without an id, which could not be told from another
 	case known, strings.HasPrefix(target, "/_matrix/federation/"), strings.HasPrefix(target, "/_matrix/key/"):
 		return toCore
 	case strings.HasPrefix(target, "/_matrix/client/"), target == "/_matrix/client", strings.HasPrefix(target, "/_matrix/media/"),
@@ -147,7 +149,7 @@ func readAuth(h http.Header, own matrix.ServerName) (a auth, err error) {
 		switch {
 		case errors.Is(err, matrix.ErrNotXMatrix):
 			continue
-		case err != nil, len(a.signatures) == maxSignatures, len(a.signatures) > 0 && x.Origin != string(a.origin):
+		case err != nil, len(a.signatures) == maxSignatures, a.origin != "" && x.Origin != string(a.origin):
 			return auth{}, errBadAuth
 		case x.Origin == string(own):
 			return auth{}, errOwn
@@ -156,14 +158,28 @@ func readAuth(h http.Header, own matrix.ServerName) (a auth, err error) {
 		case x.Destination != string(own):
 			return auth{}, errDestination
 		}
+		// What outlives the request must not hold on to its header.
+		x.Origin, x.Key = strings.Clone(x.Origin), strings.Clone(x.Key)
 		a.origin = matrix.ServerName(x.Origin)
-		a.signatures = append(a.signatures, x)
+		if isKeyID(x.Key) {
+			a.signatures = append(a.signatures, x)
+		}
 	}
 	if len(a.signatures) == 0 {
 		return auth{}, errNoAuth
 	}
 	return a, nil
 }
+
+// isKeyID reports whether a server can have a key of this name (appendices, "Common
+// Identifier Format"); there is one algorithm.
+func isKeyID(id string) bool { return strings.HasPrefix(id, "ed25519:") && len(id) <= maxIdentifier }
+
+// isRoomID reports whether a room can have this name.
+func isRoomID(id string) bool { return id != "" && len(id) <= maxIdentifier }
+
+// maxIdentifier is the length in bytes of the longest one.
+const maxIdentifier = 255
 
 // keyIDs returns the keys that a request claims to be signed with.
 func (a *auth) keyIDs() []string {
@@ -181,25 +197,34 @@ const perRequest = 6 << 10
 func (s *edgeShell) ingest(q *netx.EdgeRequest) {
 	ep := matrix.Match(q.Method, q.Target)
 	if placeOf(ep, q.Target) == toHomeserver {
-		s.passClient(q)
+		s.counts.clients.Add(1)
+		if !s.clients.take(q) {
+			_ = q.Reply(http.StatusServiceUnavailable, http.Header{"Retry-After": {"5"}}, matrix.ErrorJSON(matrix.MUnknown, "fsbus: too many clients wait for the homeserver")) // who has gone has gone
+			q.Release()
+		}
 		return
 	}
 	s.endpoints.count(ep.Name)
 	c := &caller{q: q, endpoint: ep}
+	posted := false
+	defer func() {
+		if !posted { // also after a panic
+			q.Release()
+		}
+	}()
 	a, err := s.arrived(q, c)
 	if err != nil {
 		ref := s.malformed(err)
 		_ = q.Reply(ref.Status, nil, matrix.ErrorJSON(ref.Errcode, ref.Message)) // who has gone has gone
-		q.Release()
 		return
 	}
 	s.closing.RLock()
 	defer s.closing.RUnlock()
 	if s.closed {
 		_ = q.Reply(http.StatusServiceUnavailable, nil, matrix.ErrorJSON(matrix.MUnknown, "fsbus: it is being stopped; ask again")) // the same
-		q.Release()
 		return
 	}
+	posted = true
 	s.n.loop.Post(event{edge: a, caller: c})
 }
 
@@ -211,11 +236,7 @@ func (s *edgeShell) arrived(q *netx.EdgeRequest, c *caller) (a edge.Arrived, err
 		Endpoint: c.endpoint, Class: c.endpoint.Class,
 		Received: s.n.clock.At(q.Received), Size: perRequest,
 	}
-	if q.Body != nil {
-		if b, ok := q.Body.Bytes(); ok {
-			a.Size += int64(len(b))
-		}
-	}
+	a.Size += q.Size // in memory or on disk, both are bounded
 	if !c.endpoint.Unsigned {
 		if c.auth, err = readAuth(q.Header, cfg.Homeserver.ServerName); err != nil {
 			return a, err
@@ -235,6 +256,7 @@ func (s *edgeShell) arrived(q *netx.EdgeRequest, c *caller) (a edge.Arrived, err
 		}
 	case c.endpoint.Name == "event" && s.n.takeover != nil:
 		path, _, _ := strings.Cut(q.Target, "?")
+		path = strings.TrimSuffix(path, "/")
 		if id, err := url.PathUnescape(path[strings.LastIndexByte(path, '/')+1:]); err == nil && strings.HasPrefix(id, "$") {
 			c.event, a.Look = id, true
 		}
@@ -266,12 +288,12 @@ func (s *edgeShell) checkJSON(q *netx.EdgeRequest) error {
 	if q.Body == nil {
 		return errNoContent
 	}
-	body, done, err := s.n.bulk.whole(q.Body, q.Size)
+	body, done, err := s.bulk.whole(q.Body, q.Size)
 	defer done()
 	if err != nil {
 		return errNoContent
 	}
-	text, err := matrix.AppendCanonical(nil, body, matrix.RawNumbers)
+	text, err := matrix.AppendCanonical(make([]byte, 0, len(body)), body, matrix.RawNumbers)
 	switch {
 	case err != nil:
 		return errNoContent
@@ -293,7 +315,7 @@ func (s *edgeShell) transaction(c *caller, a edge.Arrived) (*edge.Txn, error) {
 	case q.Body == nil:
 		return nil, errNoContent
 	}
-	body, done, err := s.n.bulk.whole(q.Body, q.Size)
+	body, done, err := s.bulk.whole(q.Body, q.Size)
 	defer done()
 	if err != nil {
 		return nil, errNoContent
@@ -333,7 +355,7 @@ func (s *edgeShell) transaction(c *caller, a edge.Arrived) (*edge.Txn, error) {
 	for i := range txn.PDUs {
 		p := &txn.PDUs[i]
 		t.Hashes = append(t.Hashes, edge.Hash(p.Hash()))
-		if p.Room != "" && !slices.Contains(t.Rooms, p.Room) {
+		if isRoomID(p.Room) && !slices.Contains(t.Rooms, p.Room) {
 			t.Rooms = append(t.Rooms, strings.Clone(p.Room))
 		}
 	}

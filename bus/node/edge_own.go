@@ -44,11 +44,11 @@ func (o *ownAnswers) get(ep *matrix.Endpoint, target string) (body []byte, ok bo
 // keep keeps an answer of the homeserver, if it is one about itself.
 func (o *ownAnswers) keep(r *relay, n *Node) {
 	name := r.c.endpoint.Name
-	if ownTargets[name] != r.c.q.Target || r.status != http.StatusOK || !isJSON(r.header) {
+	if ownTargets[name] != r.c.q.Target || r.status != http.StatusOK || !isJSON(r.header) || r.header.Get("Content-Encoding") != "" {
 		return
 	}
 	body := r.bytes()
-	if body == nil || len(body) > int(matrix.MaxServerKeys) {
+	if body == nil || len(body) > int(matrix.MaxServerKeys) || !isObject(body, r.c.endpoint) {
 		return
 	}
 	fresh := ownFresh

@@ -165,7 +165,7 @@ func (s *edgeShell) budgets(cfg *Config, snap *edge.Snapshot, server netx.EdgeSt
 		gauge("requests being verified", snap.Unverified),
 		gauge("keys fetched in a minute", snap.FetchesMinute),
 		{"servers' bodies in memory", "bytes", spool.Memory, spool.MaxMemory, int64(e.SpoolMemory)},
-		{"servers' bodies on disk", "bytes", spool.Disk, spool.MaxDisk, int64(e.RequestBytes) + int64(e.UnverifiedBytes)},
+		{"servers' bodies on disk", "bytes", spool.Disk, spool.MaxDisk, cfg.edgeDisk()},
 		{"origins remembered", "count", int64(snap.Origins), -1, int64(snap.OriginsLimit)},
 		gauge("answers being recorded", snap.Recording),
 	}

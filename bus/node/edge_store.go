@@ -111,13 +111,11 @@ func (s *edgeShell) record(e edge.Record) {
 	for _, a := range e.Answers {
 		row := store.InboundTxn{Origin: a.Origin, ID: a.Txn.ID, Answered: now, Answer: emptyAnswer}
 		if a.Op != 0 {
-			relay := s.relays[a.Op]
-			s.gaps.note(a.Origin, relay.c.follows, s.n.clock.Now())
-			body := relay.bytes()
-			if body == nil {
-				continue // larger than any answer to a transaction
+			r := s.relays[a.Op]
+			if r.kept != nil { // else it is larger than any real one, and only that it was answered counts
+				row.Answer = r.kept
 			}
-			row.Answer, row.PDUs = body, s.acknowledged(a.Txn, body)
+			row.PDUs = s.acknowledged(a.Txn, r)
 		}
 		batch.Inbound = append(batch.Inbound, row)
 	}
@@ -134,18 +132,17 @@ func (s *edgeShell) record(e edge.Record) {
 // acknowledged returns the PDUs of a transaction that an answer acknowledges: all
 // of them, if it names as many and none with an error. Nothing says which of its
 // ids is that of which PDU, unless there is one.
-func (s *edgeShell) acknowledged(t *edge.Txn, answer []byte) []store.InboundPDU {
-	ids, failed, ok := matrix.AcknowledgedPDUs(answer)
-	if !ok {
-		return nil
-	}
-	for _, id := range ids {
+func (s *edgeShell) acknowledged(t *edge.Txn, r *relay) []store.InboundPDU {
+	for _, id := range r.acked {
 		s.gaps.came(mark(id))
 	}
-	for _, room := range t.Rooms {
-		s.gaps.came(mark(room))
+	s.gaps.note(r.c.auth.origin, r.c.follows, s.n.clock.Now())
+	if len(r.acked) > 0 {
+		for _, room := range t.Rooms {
+			s.gaps.came(mark(room))
+		}
 	}
-	if failed > 0 || len(ids) != len(t.Hashes) {
+	if r.failed > 0 || len(r.acked) != len(t.Hashes) {
 		return nil
 	}
 	pdus := make([]store.InboundPDU, len(t.Hashes))
@@ -153,7 +150,7 @@ func (s *edgeShell) acknowledged(t *edge.Txn, answer []byte) []store.InboundPDU 
 		pdus[i].Hash = h
 	}
 	if len(pdus) == 1 {
-		pdus[0].EventID = ids[0]
+		pdus[0].EventID = r.acked[0]
 	}
 	return pdus
 }

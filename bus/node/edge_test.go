@@ -614,3 +614,157 @@ func TestEdgeReloads(t *testing.T) {
 	})
 	r.until("the new certificate is in use", func() bool { return len(r.report().Edge.Certificate.Names) == 2 })
 }
+
+// A client may leave while the loop has its answer already, but has not given it.
+func TestEdgeClientThatLeavesAsItIsAnswered(t *testing.T) {
+	r := newEdgeRig(t, "", config{})
+	blocked, release := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	r.start(hooks{edgeEvent: func(ev edge.Event) {
+		if _, ok := ev.(edge.Recorded); ok {
+			once.Do(func() {
+				close(blocked)
+				<-release
+			})
+		}
+	}})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	req := r.txn(0, "t1", pduNo(1), "").WithContext(ctx)
+	go func() {
+		_, err := r.https.Do(req)
+		done <- err
+	}()
+	<-blocked
+	cancel()
+	if err := <-done; err == nil {
+		t.Error("it was answered")
+	}
+	eventually(t, "that is noticed", func() bool { s := r.node.edge.server.Stats(); return s.Gone == 1 && s.Held == 0 })
+	close(release)
+	r.sends(r.txn(0, "t1", pduNo(1), ""), 200, "")
+	if n := r.home.times("PUT /_matrix/federation/v1/send/t1"); n != 1 {
+		t.Errorf("the homeserver saw it %d times", n)
+	}
+	r.until("nothing is held any more", func() bool {
+		held := -1
+		if err := r.node.loop.Call(t.Context(), func() { held = len(r.node.edge.requests) + len(r.node.edge.relays) }); err != nil {
+			t.Fatal(err)
+		}
+		return held == 0
+	})
+}
+
+// The homeserver may, too.
+func TestHomeserverThatLeavesAsItIsAnswered(t *testing.T) {
+	w := unsigned(t, sim.Config{Servers: 3})
+	r := newRunning(t, w, config{})
+	blocked, release := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	r.start(hooks{event: func(ev bus.Event) {
+		if _, ok := ev.(bus.Answered); ok {
+			once.Do(func() {
+				close(blocked)
+				<-release
+			})
+		}
+	}})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan fedload.Result, 2)
+	profile := fedload.Lookup(w.Names()[0], "u1")
+	go func() { done <- r.Do(t.Context(), profile) }()
+	<-blocked
+	go func() { done <- r.Do(ctx, profile) }()
+	eventually(t, "both wait", func() bool { return r.node.front.Stats().Parked == 2 })
+	cancel()
+	eventually(t, "one is gone", func() bool { return r.node.front.Stats().Gone == 1 })
+	close(release)
+	for range 2 {
+		<-done
+	}
+	if res := r.Do(t.Context(), profile); res.Err != nil || res.Status != 200 {
+		t.Errorf("%+v", res)
+	}
+}
+
+// What would stay in memory or in the database of what others made up is bounded.
+func TestEdgeHostileNames(t *testing.T) {
+	r := startEdge(t, "", config{})
+	room := "!" + strings.Repeat("r", 1<<20)
+	for i := range 3 {
+		pdu := fmt.Sprintf(`{"content":{},"prev_events":["$p%d"],"room_id":%q,"type":"m.room.message"}`, i, room)
+		r.sends(r.txn(0, fmt.Sprint("t", i), pdu, ""), 200, "")
+	}
+	if n, rooms := r.node.edge.gaps.report(10); n != 0 || len(rooms) != 0 {
+		t.Errorf("%d gaps, %d rooms", n, len(rooms))
+	}
+	key := "ed25519:" + strings.Repeat("k", 1000)
+	auth := fmt.Sprintf(`X-Matrix origin=%q,destination="us.test",key=%q,sig="c2ln"`, r.world.Names()[0], key)
+	r.sends(r.withAuth(auth, "GET", "/_matrix/federation/v1/event/$a", ""), 401, "")
+	r.sends(r.withAuth(strings.Replace(auth, key, "rsa:1", 1), "GET", "/_matrix/federation/v1/event/$a", ""), 401, "")
+	r.sends(r.request(0, "PUT", "/_matrix/federation/v1/send/", `{"origin":"x","pdus":[]}`), 404, "")
+	if e := r.report().Edge; e.KeyFetches != 1 {
+		t.Errorf("%d keys were fetched", e.KeyFetches)
+	}
+}
+
+// An answer that is kept, or that several get, is made for nobody in particular.
+func TestEdgeAsksForNoSpecialAnswers(t *testing.T) {
+	r := startEdge(t, "", config{})
+	req := r.txn(0, "t1", pduNo(1), "")
+	req.Header.Set("Accept-Encoding", "gzip")
+	req.Header.Set("If-None-Match", "x")
+	req.Header.Set("Range", "bytes=0-1")
+	r.sends(req, 200, "")
+	got := r.home.last["/_matrix/federation/v1/send/t1"].Header
+	for _, name := range perClient {
+		if got.Get(name) != "" {
+			t.Errorf("%s: %s", name, got.Get(name))
+		}
+	}
+}
+
+// A server that got another key under the same name is believed.
+func TestEdgeLooksForANewKeyBeforeItSaysForged(t *testing.T) {
+	r := startEdge(t, "no_key = \"refuse\"", config{})
+	r.sends(r.txn(0, "t1", pduNo(1), ""), 200, "")
+	name, id := r.world.Names()[0], r.world.SigningKey(0).ID()
+	k := r.node.edge.ring
+	age := func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		e := k.known[ringKey{name, id}]
+		e.public = r.world.SigningKey(1).Public() // as it was
+		e.fetched -= 2 * trustFor.Milliseconds()
+		k.known[ringKey{name, id}] = e
+	}
+	age()
+	r.sends(r.txn(0, "t2", pduNo(2), ""), 200, "")
+	forged := func() *http.Request {
+		x, err := matrix.SignRequest(r.world.SigningKey(1), string(name), "us.test", "GET", "/_matrix/federation/v1/event/$a", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.withAuth(x.String(), "GET", "/_matrix/federation/v1/event/$a", "")
+	}
+	for range 3 {
+		r.sends(forged(), 401, "")
+	}
+	if e := r.report().Edge; e.KeyFetches != 2 || e.Signatures[1].Count != 3 {
+		t.Errorf("%d keys were fetched, %+v", e.KeyFetches, e.Signatures)
+	}
+}
+
+// One-time keys are claimed once, even if the connection to the homeserver breaks.
+func TestEdgeSendsOnceWhatMayBeSentOnce(t *testing.T) {
+	r := startEdge(t, "", config{})
+	const target = "/_matrix/federation/v1/user/keys/claim"
+	r.sends(r.request(0, "POST", target, `{"a":1}`), 200, "") // the connection is kept
+	r.home.answers(func(w http.ResponseWriter, _ *http.Request) { panic(http.ErrAbortHandler) })
+	if s, _ := r.send(r.request(0, "POST", target, `{"a":2}`)); s != 502 {
+		t.Errorf("status %d", s)
+	}
+	if n := r.home.times("POST " + target); n != 2 {
+		t.Errorf("the homeserver saw %d claims, 2 were made", n)
+	}
+}

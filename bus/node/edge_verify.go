@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"time"
 
 	"fsbus/bus"
 	"fsbus/bus/edge"
@@ -14,20 +15,24 @@ import (
 type verifyJob struct {
 	c        *caller
 	mayFetch bool // a key that is not at hand may be asked for
-	asked    bool // one was
+	over     bool // that was tried
+	asked    bool // somebody was asked
 }
 
 // run checks the signatures and posts a verdict, or asks for a key first.
 func (j verifyJob) run(s *edgeShell) {
-	verdict, text, missing := s.verify(j)
-	if missing != "" && j.mayFetch && !j.asked {
-		s.n.loop.Post(event{wants: &keyWish{j, missing}})
+	v := s.verify(j)
+	if v.wish != nil && j.mayFetch && !j.over {
+		v.wish.job = j
+		s.n.loop.Post(event{wants: v.wish})
 		return
 	}
-	if missing != "" && j.asked {
-		s.ring.none(j.c.auth.origin, missing)
+	if v.wish != nil && j.asked {
+		s.ring.none(j.c.auth.origin, v.wish.id)
+		v.Tried = true
 	}
-	s.post(edge.Verified{Req: edge.ReqID(j.c.q.ID), Verdict: verdict, Text: text})
+	v.Req = edge.ReqID(j.c.q.ID)
+	s.post(v.Verified)
 }
 
 func (j verifyJob) crashed(s *edgeShell, err error) {
@@ -35,79 +40,101 @@ func (j verifyJob) crashed(s *edgeShell, err error) {
 	s.post(edge.Verified{Req: edge.ReqID(j.c.q.ID), Verdict: edge.NoKey, Text: "internal error"})
 }
 
-// keyWish is a check of signatures that waits for a key.
+// verdict is what came of a check, and a key that could change it.
+type verdict struct {
+	edge.Verified
+	wish *keyWish
+}
+
+// keyWish is a check of signatures that waits for a key, or with newer set for one
+// that is not the known one.
 type keyWish struct {
-	job verifyJob
-	id  string
+	job   verifyJob
+	id    string
+	newer bool
 }
 
 // wish has the outbound core fetch a key. It runs on the loop's goroutine.
 func (s *edgeShell) wish(w *keyWish) bus.Event {
 	s.lastKey++
-	w.job.asked = true
-	s.wanted[s.lastKey] = w.job
-	return bus.KeyWanted{For: s.lastKey, Server: w.job.c.auth.origin, KeyID: w.id}
+	s.wanted[s.lastKey] = w
+	return bus.KeyWanted{For: s.lastKey, Server: w.job.c.auth.origin, KeyID: w.id, Newer: w.newer}
 }
 
 // fetched goes on with what waited for a key.
-func (s *edgeShell) fetched(id uint64) {
-	job, ok := s.wanted[id]
-	if !ok {
-		panic(fmt.Sprintf("node: key %d is here, which nobody waits for (%d do)", id, len(s.wanted)))
+func (s *edgeShell) fetched(e bus.KeyFetched) {
+	w := s.wanted[e.For]
+	if w == nil {
+		panic(fmt.Sprintf("node: key %d is here, which nobody waits for (%d do)", e.For, len(s.wanted)))
 	}
-	delete(s.wanted, id)
-	s.verifiers.Submit(job)
+	delete(s.wanted, e.For)
+	s.ring.forget(w.job.c.auth.origin, w.id)
+	w.job.over, w.job.asked = true, e.Asked
+	s.verifiers.Submit(w.job)
 }
 
+// trustFor is how old what is known of a server's keys may be for a signature to be
+// called forged because of it: the server may have got another key of the same name.
+const trustFor = 5 * time.Minute
+
 // verify checks all signatures whose keys are there, as a Synapse does: each must
-// be right, and there must be one at least. missing is a key that is not there and
-// has not been asked for lately, if that is what is in the way.
-func (s *edgeShell) verify(j verifyJob) (v edge.Verdict, text, missing string) {
+// be right, and there must be one at least.
+func (s *edgeShell) verify(j verifyJob) verdict {
 	q, origin := j.c.q, j.c.auth.origin
+	v := verdict{Verified: edge.Verified{Verdict: edge.NoKey, Text: "no key of " + string(origin) + " could be had", Tried: true}}
+	type signed struct {
+		matrix.XMatrix
+		ringEntry
+	}
+	var known []signed
+	for _, x := range j.c.auth.signatures {
+		key, looked, err := s.ring.find(origin, x.Key)
+		switch {
+		case err != nil:
+			return verdict{Verified: edge.Verified{Verdict: edge.NoKey, Text: "the keys could not be read: " + err.Error()}}
+		case key.public != nil:
+			known = append(known, signed{x, key})
+		case !looked && v.wish == nil:
+			v.wish, v.Tried = &keyWish{id: x.Key}, false
+		}
+	}
+	if len(known) == 0 {
+		return v
+	}
 	var body []byte
 	if q.Body != nil {
-		whole, done, err := s.n.bulk.whole(q.Body, q.Size)
+		whole, done, err := s.bulk.whole(q.Body, q.Size)
 		defer done()
 		if err != nil {
-			return edge.NoKey, "the body could not be read", ""
+			return verdict{Verified: edge.Verified{Verdict: edge.NoKey, Text: "the body could not be read"}}
 		}
 		body = whole
 	}
-	v, text = edge.NoKey, "no key of "+string(origin)+" could be had"
-	for _, x := range j.c.auth.signatures {
-		public, looked, err := s.ring.find(origin, x.Key)
-		switch {
-		case err != nil:
-			return edge.NoKey, "the keys could not be read: " + err.Error(), ""
-		case public == nil:
-			if !looked && missing == "" {
-				missing = x.Key
-			}
-			continue
-		}
-		switch err := matrix.VerifyRequest(public, x, q.Method, q.Target, body); {
+	for _, x := range known {
+		switch err := matrix.VerifyRequest(x.public, x.XMatrix, q.Method, q.Target, body); {
 		case err == nil:
-			v, text = edge.Good, ""
 		case oddNumbers(body):
 			// It may have been signed in another spelling of its numbers, and only what
 			// is sure is called forged.
-			return edge.NoKey, "the signature does not fit the body as it is spelt", ""
+			return verdict{Verified: edge.Verified{Verdict: edge.NoKey, Text: "the signature does not fit the body as it is spelt", Tried: true}}
+		case errors.Is(err, matrix.ErrSignature) && !j.over && s.n.clock.Now().Wall()-x.fetched > trustFor.Milliseconds():
+			return verdict{edge.Verified{Verdict: edge.NoKey, Text: "the known key does not fit"}, &keyWish{id: x.Key, newer: true}}
 		case errors.Is(err, matrix.ErrSignature):
-			return edge.Forged, fmt.Sprintf("the signature with %s is not that of %s", x.Key, origin), ""
+			return verdict{Verified: edge.Verified{Verdict: edge.Forged, Text: fmt.Sprintf("the signature with %s is not that of %s", x.Key, origin)}}
 		default:
-			return edge.Forged, "what is signed is not JSON", ""
+			return verdict{Verified: edge.Verified{Verdict: edge.Forged, Text: "what is signed is not JSON"}}
 		}
 	}
-	if v == edge.Good {
-		missing = ""
-	}
-	return v, text, missing
+	return verdict{Verified: edge.Verified{Verdict: edge.Good}}
 }
+
+// maxOdd is the size in bytes of the largest body whose numbers are looked at.
+const maxOdd = 1 << 20
 
 // oddNumbers reports whether a body has numbers that canonical JSON does not have,
 // or writes otherwise.
 func oddNumbers(body []byte) bool {
-	if len(body) == 0 {
+	if len(body) == 0 || len(body) > maxOdd {
 		return false
 	}
 	raw, err := matrix.AppendCanonical(nil, body, matrix.RawNumbers)

@@ -30,8 +30,15 @@ func (n *Node) execute(effects []effect) {
 		look = func(bus.Effect, bool) {}
 	}
 	for _, e := range effects {
-		if e.edge != nil {
+		switch {
+		case e.edge != nil:
 			n.edge.perform(e.edge, e.looked)
+			continue
+		case e.left != 0:
+			n.edge.ended(e.left)
+			continue
+		case e.gone != 0:
+			n.ended(e.gone)
 			continue
 		}
 		look(e.Effect, false)
@@ -104,7 +111,7 @@ func (n *Node) perform(e bus.Effect) {
 	case bus.Expire:
 		n.expire(e)
 	case bus.KeyFetched:
-		n.edge.fetched(e.For)
+		n.edge.fetched(e)
 	case bus.JoinWindow:
 		if n.edge != nil {
 			n.edge.inject(edge.Joining{Room: e.Room, Open: e.Open})

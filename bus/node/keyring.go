@@ -40,9 +40,11 @@ type ringKey struct {
 	id     string
 }
 
+// ringEntry is a key; with public nil it is none.
 type ringEntry struct {
-	public ed25519.PublicKey
-	until  time.Time
+	public  ed25519.PublicKey
+	fetched int64     // when its server said that it is in use, Unix time in milliseconds
+	until   time.Time // when the store is looked into again
 }
 
 func newKeyring(n *Node) *keyring {
@@ -57,9 +59,9 @@ func (k *keyring) notary(name matrix.ServerName) {
 }
 
 // find returns the key of a server with which it may sign a request at this
-// moment. It is nil if there is none at hand and in the store; looked is true if
-// that was found out a moment ago, when the key was asked for as well.
-func (k *keyring) find(server matrix.ServerName, id string) (public ed25519.PublicKey, looked bool, err error) {
+// moment, none if there is none at hand and in the store; looked is true if that was
+// found out a moment ago, when the key was asked for as well.
+func (k *keyring) find(server matrix.ServerName, id string) (e ringEntry, looked bool, err error) {
 	key, now := ringKey{server, id}, time.Now()
 	k.mu.Lock()
 	e, ok := k.known[key]
@@ -67,18 +69,25 @@ func (k *keyring) find(server matrix.ServerName, id string) (public ed25519.Publ
 	k.mu.Unlock()
 	switch {
 	case ok && now.Before(e.until):
-		return e.public, false, nil
+		return e, false, nil
 	case now.Before(missing):
-		return nil, true, nil
+		return ringEntry{}, true, nil
 	}
-	public, until, err := k.stored(server, id, now)
-	if public != nil {
+	e, err = k.stored(server, id, now)
+	if e.public != nil {
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		makeRoom(k.known)
-		k.known[key] = ringEntry{public, until}
+		k.known[key] = e
 	}
-	return public, false, err
+	return e, false, err
+}
+
+// forget drops what is known of a key, since there may be news in the store.
+func (k *keyring) forget(server matrix.ServerName, id string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.known, ringKey{server, id})
 }
 
 // none notes that a key could not be had, wherever it was asked for.
@@ -103,9 +112,9 @@ func makeRoom[V any](m map[ringKey]V) {
 	}
 }
 
-// stored looks a key up in the store, and until when it may be used without
-// another look.
-func (k *keyring) stored(server matrix.ServerName, id string, now time.Time) (public ed25519.PublicKey, until time.Time, err error) {
+// stored looks a key up in the store: of several that it has, the one that came
+// last.
+func (k *keyring) stored(server matrix.ServerName, id string, now time.Time) (e ringEntry, err error) {
 	ways := []matrix.ServerName{server}
 	if k.n.notary != nil {
 		ways = append(ways, k.n.notary.name)
@@ -113,7 +122,6 @@ func (k *keyring) stored(server matrix.ServerName, id string, now time.Time) (pu
 	if latest := k.latest.Load(); latest != nil {
 		ways = append(ways, *latest)
 	}
-	until = now.Add(ringFresh)
 	for _, via := range ways {
 		err := k.n.store.LoadKeys(via, []matrix.ServerName{server}, func(row store.ServerKeys) error {
 			objects, err := splitObjects(row)
@@ -121,10 +129,10 @@ func (k *keyring) stored(server matrix.ServerName, id string, now time.Time) (pu
 				return nil // as if it were not there
 			}
 			for _, o := range objects {
-				if p, ok := o.RequestKey(id, k.n.clock.Now().Wall(), row.Fetched); ok {
-					public = p
-					if end := time.UnixMilli(o.ValidUntil); end.Before(until) {
-						until = end
+				if p, ok := o.RequestKey(id, k.n.clock.Now().Wall(), row.Fetched); ok && row.Fetched > e.fetched {
+					e = ringEntry{public: p, fetched: row.Fetched, until: now.Add(ringFresh)}
+					if end := time.UnixMilli(o.ValidUntil); end.Before(e.until) {
+						e.until = end
 					}
 				}
 			}
@@ -132,11 +140,8 @@ func (k *keyring) stored(server matrix.ServerName, id string, now time.Time) (pu
 		})
 		if err != nil && !errors.Is(err, store.ErrClosed) {
 			k.n.unreadKeys(err)
-			return nil, until, err
-		}
-		if public != nil {
-			return public, until, nil
+			return ringEntry{}, err
 		}
 	}
-	return nil, until, nil
+	return e, nil
 }

@@ -19,8 +19,8 @@ func TestKeyringIsBounded(t *testing.T) {
 		t.Errorf("%d keys are at hand, %d are missing, %d are allowed", len(k.known), len(k.missing), maxRing)
 	}
 	last := matrix.ServerName(fmt.Sprintf("s%d.test", 2*maxRing))
-	if public, looked, err := k.find(last, "ed25519:1"); public != nil || !looked || err != nil {
-		t.Errorf("a key that could not be had a moment ago: %v, %t, %v", public, looked, err)
+	if e, looked, err := k.find(last, "ed25519:1"); e.public != nil || !looked || err != nil {
+		t.Errorf("a key that could not be had a moment ago: %v, %t, %v", e, looked, err)
 	}
 }
 
@@ -30,16 +30,16 @@ func TestKeyringKnowsOnlyWhatIsInUse(t *testing.T) {
 	r.sends(r.txn(0, "t1", pduNo(1), ""), 200, "")
 	name := r.world.Names()[0]
 	k := r.node.edge.ring
-	public, _, err := k.find(name, r.world.SigningKey(0).ID())
-	if err != nil || !public.Equal(r.world.SigningKey(0).Public()) {
-		t.Fatalf("%v, %v", public, err)
+	e, _, err := k.find(name, r.world.SigningKey(0).ID())
+	if err != nil || !e.public.Equal(r.world.SigningKey(0).Public()) {
+		t.Fatalf("%v, %v", e, err)
 	}
 	for _, id := range []string{"ed25519:other", ""} {
-		if public, _, err := k.find(name, id); public != nil || err != nil {
-			t.Errorf("%q: %v, %v", id, public, err)
+		if e, _, err := k.find(name, id); e.public != nil || err != nil {
+			t.Errorf("%q: %v, %v", id, e, err)
 		}
 	}
-	if public, _, err := k.find(r.world.Names()[1], r.world.SigningKey(0).ID()); public != nil || err != nil {
-		t.Errorf("another server's: %v, %v", public, err)
+	if e, _, err := k.find(r.world.Names()[1], r.world.SigningKey(0).ID()); e.public != nil || err != nil {
+		t.Errorf("another server's: %v, %v", e, err)
 	}
 }

@@ -123,11 +123,14 @@ type event struct {
 	wants          *keyWish
 }
 
-// effect is what one of the cores wants done. A Replay comes with the request whose
-// Look it is about, which may be over by then.
+// effect is what one of the cores wants done, or that a request is gone: what was
+// wanted before that is done before that. A Replay comes with the request whose Look
+// it is about, which may be over by then.
 type effect struct {
 	bus.Effect
+	gone   bus.ReqID
 	edge   edge.Effect
+	left   edge.ReqID
 	looked *caller
 }
 
@@ -154,11 +157,8 @@ func (m *machine) Step(now sched.Time, ev event, out []effect) []effect {
 
 func (m *machine) inbound(now sched.Time, ev event, out []effect) []effect {
 	s := m.n.edge
-	switch e := ev.edge.(type) {
-	case edge.Arrived:
+	if e, ok := ev.edge.(edge.Arrived); ok {
 		s.requests[e.Req] = ev.caller
-	case edge.Gone:
-		s.ended(e.Req)
 	}
 	m.edge = s.step(now, ev.edge, m.edge[:0])
 	if ev.edgeThen != nil {
@@ -166,6 +166,9 @@ func (m *machine) inbound(now sched.Time, ev event, out []effect) []effect {
 	}
 	for _, e := range m.edge {
 		out = append(out, effect{edge: e, looked: ev.caller})
+	}
+	if e, ok := ev.edge.(edge.Gone); ok {
+		out = append(out, effect{left: e.Req})
 	}
 	clear(m.edge)
 	return out
@@ -187,8 +190,6 @@ func (m *machine) outbound(now sched.Time, ev event, out []effect) []effect {
 		if ev.packed != nil {
 			m.n.packs[e.Batch] = ev.packed
 		}
-	case bus.Gone:
-		m.n.ended(e.Req)
 	}
 	m.out = m.step(now, ev.Event, m.out[:0])
 	if ev.then != nil {
@@ -196,6 +197,9 @@ func (m *machine) outbound(now sched.Time, ev event, out []effect) []effect {
 	}
 	for _, e := range m.out {
 		out = append(out, effect{Effect: e})
+	}
+	if e, ok := ev.Event.(bus.Gone); ok {
+		out = append(out, effect{gone: e.Req})
 	}
 	clear(m.out)
 	return out

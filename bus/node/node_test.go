@@ -95,7 +95,7 @@ func setUp(t *testing.T, dir string, w *sim.World, c config) string {
 	path := filepath.Join(dir, "fsbus.toml")
 	text := fmt.Sprintf(`
 data_dir = "data"
-memory_limit = "96MiB"
+memory_limit = "128MiB"
 drain_timeout = "5s"
 log_level = "debug"
 [homeserver]

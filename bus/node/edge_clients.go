@@ -1,0 +1,120 @@
+package node
+
+import (
+	"context"
+	"net/http"
+	"sync"
+	"time"
+
+	"fsbus/bus/matrix"
+	"fsbus/netx"
+	"fsbus/sched"
+)
+
+const (
+	// clientRequests is how many requests of clients are passed on at a time. Most of
+	// them wait for news.
+	clientRequests = 64
+	// maxClientBody bounds the body of a client's request, in bytes, and clientDisk
+	// what all of them may have on disk. The homeserver has its own bound for uploads.
+	maxClientBody = 50 << 20
+	clientDisk    = 256 << 20
+	// clientPatience bounds a client's request: it is longer than any long poll.
+	clientPatience = 5 * time.Minute
+)
+
+// clientSide passes what clients want on to the homeserver, and the answers back,
+// without any order. It has connections of its own, so that no server waits for what
+// a client waits for.
+type clientSide struct {
+	upstream *netx.Upstream
+	pool     *sched.Pool[*clientJob]
+
+	mu      sync.Mutex
+	running map[uint64]*clientJob // by the request's ID
+}
+
+type clientJob struct {
+	q      *netx.EdgeRequest
+	ctx    context.Context
+	cancel context.CancelFunc
+}
+
+func newClientSide(up netx.UpstreamConfig) (*clientSide, error) {
+	up.MaxConns, up.StallTimeout = clientRequests, 2*clientPatience
+	upstream, err := netx.NewUpstream(up)
+	return &clientSide{upstream: upstream, running: make(map[uint64]*clientJob)}, err
+}
+
+func (c *clientSide) start(n *Node) {
+	c.pool = sched.NewPool(clientRequests, clientRequests, c.pass, func(j *clientJob, err error) {
+		n.log.Error("a worker failed", "error", err)
+		_ = j.q.Abort() // it may have been answered
+		c.end(j)
+	})
+}
+
+// take has a request passed on, unless too many are.
+func (c *clientSide) take(q *netx.EdgeRequest) bool {
+	j := &clientJob{q: q}
+	j.ctx, j.cancel = context.WithTimeout(context.Background(), clientPatience)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.running) >= clientRequests {
+		j.cancel()
+		return false
+	}
+	c.running[q.ID] = j
+	c.pool.Submit(j)
+	return true
+}
+
+// pass passes a request on. Who has gone has gone.
+func (c *clientSide) pass(j *clientJob) {
+	defer c.end(j)
+	q := j.q
+	req := &netx.UpstreamRequest{Method: q.Method, Target: q.Target, Host: q.Host, Header: forwardedFor(q), Size: q.Size}
+	if q.Body != nil {
+		req.Body = q.Body.Reader()
+	}
+	resp, err := c.upstream.Do(j.ctx, req)
+	if err != nil {
+		_ = q.Reply(http.StatusBadGateway, nil, matrix.ErrorJSON(matrix.MUnknown, "fsbus: the homeserver does not answer"))
+		return
+	}
+	defer resp.Body.Close()
+	_ = q.Stream(resp.StatusCode, resp.Header, resp.ContentLength, resp.Body)
+}
+
+func (c *clientSide) end(j *clientJob) {
+	j.cancel()
+	j.q.Release()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.running, j.q.ID)
+}
+
+// gone breaks off what a client does not wait for any more. It reports whether the
+// request was one of a client.
+func (c *clientSide) gone(q *netx.EdgeRequest) bool {
+	if c == nil {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	j := c.running[q.ID]
+	if j != nil {
+		j.cancel()
+	}
+	return j != nil
+}
+
+func (c *clientSide) close(ctx context.Context) {
+	c.mu.Lock()
+	for _, j := range c.running {
+		j.cancel()
+	}
+	c.mu.Unlock()
+	_ = c.pool.Close(ctx) // nothing of it matters to the homeserver
+	c.upstream.CloseIdle()
+}
