@@ -92,7 +92,7 @@ func edgeConnections(ctx context.Context, b *bench) (err error) {
 		b.result.note("over its budget: %v", over)
 	}
 	b.result.atMost("connections", float64(connections.Max), float64(connections.Allowed), "")
-	b.result.atMost("memory", mib(usage.PeakRSS), 96, "MiB")
+	b.result.atMost("memory", mib(usage.PeakRSS), 64, "MiB")
 	b.result.atMost("requests that were not answered 200, of 1,000", 1000*float64(ends.failed())/float64(ends.all()), 1, "")
 	return nil
 }

@@ -214,7 +214,7 @@ func (b *bench) presenceStorm(ctx context.Context, storm presenceStorm, through 
 	}
 	b.result.atMost("p99 of an event in the storm, "+storm.name, milliseconds(ages.Percentile(99)), bound, "ms")
 	b.result.atMost("events never acknowledged, "+storm.name, float64(lost), 0, "")
-	b.result.atMost("memory, "+storm.name, mib(usage.PeakRSS), 96, "MiB")
+	b.result.atMost("memory, "+storm.name, mib(usage.PeakRSS), 128, "MiB")
 	b.result.atMost("transactions that the homeserver got twice, "+storm.name, float64(f.stub.Stats().Repeated), 0, "")
 	return nil
 }

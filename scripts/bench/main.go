@@ -1,14 +1,16 @@
 // Command bench measures fsbus in one run on one machine: against a naive proxy
 // that does the same work without any limit, and against no proxy at all.
 //
-//	go run ./scripts/bench                        everything, about 24 minutes
+//	go run ./scripts/bench                        everything, about 32 minutes
 //	go run ./scripts/bench -run 'overhead|large'  some of it
 //	go run ./scripts/bench -json result.json      with every round, for comparisons
 //
 // The scenarios profiles, keys and joins send what a homeserver does when a user
 // opens the members of a large room, or joins it, on each of the three ways: no
 // proxy, the naive one, fsbus. They take 7, 2 and 5 minutes, most of which is
-// waiting for dead and slow servers where there is no fsbus.
+// waiting for dead and slow servers where there is no fsbus. Those whose names begin with
+// edge are about what other servers send, and take 8; edge-throughput compares with nginx
+// or Caddy (-proxy), if there is one.
 //
 // The simulated servers, the homeserver's part and the proxies share the machine,
 // so times and rates tell little by themselves. What is compared is measured in
