@@ -130,3 +130,47 @@ func TestWantedKeysDoNotTakeForever(t *testing.T) {
 	r.step(KeyWanted{For: 3, Server: "h.test", KeyID: "ed25519:1"})
 	r.one("nothing is begun at the end", len(of[KeyFetched](r.last)) == 1 && len(of[LoadKeys](r.last)) == 0)
 }
+
+// Whoever wants a key is told whether anybody was asked: else it is not known that it
+// cannot be had.
+func TestWantedKeyTellsWhetherItWasAskedFor(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.Keys.MaxWants = 2 })
+	over := func() KeyFetched {
+		t.Helper()
+		all := of[KeyFetched](r.all)
+		r.all = nil
+		r.one("one is over", len(all) == 1)
+		return all[0]
+	}
+	r.wantKey("h.test")
+	r.step(Done{Op: r.sent().Op, Failure: matrix.FailRefused})
+	r.one("it was asked", over().Asked)
+	r.wantKey("h.test")
+	r.one("a moment ago, which counts", over().Asked)
+
+	r.wantKey("a.test")
+	r.wantKey("b.test")
+	r.all = nil
+	r.step(KeyWanted{For: 99, Server: "c.test", KeyID: "ed25519:1"})
+	r.one("for want of room nobody is", !over().Asked)
+
+	r = newRig(t, nil)
+	r.profile("away.test", 1)
+	r.step(Done{Op: r.sent().Op, Failure: matrix.FailRefused})
+	h := r.m.hosts["away.test"]
+	r.all = nil
+	r.wantKey("away.test")
+	r.one("a server that has just failed is not", !over().Asked)
+	r.pass(h.NextTry.Sub(r.now)/2 - time.Millisecond)
+	r.all = nil
+	r.wantKey("away.test")
+	r.one("but for what may have come from it before its back-off is over", h.Failures == 1 && len(of[Commit](r.all))+len(of[Send](r.all)) == 1)
+}
+
+// A key that does not fit may have been replaced: what is stored does not count.
+func TestANewerKeyIsFetchedWhateverIsStored(t *testing.T) {
+	r := newRig(t, nil)
+	r.step(KeyWanted{For: 1, Server: "h.test", KeyID: "ed25519:1", Newer: true})
+	w := of[LoadKeys](r.last)[0].Wants
+	r.one("nothing is good for so long", len(w) == 1 && w[0].MinValid > r.now.Add(matrix.MaxKeyValidity).Wall())
+}

@@ -31,7 +31,8 @@ type Config struct {
 	// is missing, but the folder above it is not. Default "/var/lib/fsbus". It
 	// holds a database of at most Outbox.MaxDisk, Outbound.SpoolDisk on top for
 	// large answers that pass or are kept, and at most 256 MiB of copies of what an
-	// admin has dropped.
+	// admin has dropped. With an edge there are half of SpoolDisk more for answers to
+	// other servers, and Edge.RequestBytes and UnverifiedBytes.
 	DataDir string `toml:"data_dir"`
 	// MemoryLimit is what the whole process may use at worst, in bytes; it
 	// does not start when Budget adds up to more. Default 64 MiB. A higher

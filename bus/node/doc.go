@@ -52,8 +52,8 @@
 //     takes it to the homeserver (edge_forward.go) and writes the answer into a
 //     spooled body, and what was acknowledged is stored before it is passed on.
 //  4. The request's own goroutine writes the answer (edge_execute.go), so readers that
-//     are slow hold up nobody. Requests have a spool of their own, so that nothing
-//     from outside takes the room of what goes out.
+//     are slow hold up nobody. Requests and answers have spools of their own, so that
+//     nothing from outside takes the room of what goes out.
 //
 // Of bodies that are so large that they lie on disk, one is in memory at a time
 // where transactions are taken apart or signed (bulk), and one more where
