@@ -691,8 +691,8 @@ func TestWarnings(t *testing.T) {
 		{"127.0.0.1:8009", "localhost:8009", ""},
 		{"127.0.0.1:8009", "[::1]:0", "front.listen: port 0 is another port after each start"},
 		{`["127.0.0.1:8009"]`, "[\":8009\"]\nallow_remote = true", `front.listen: ":8009" crosses the network unencrypted, secret included`},
-		{"[homeserver]", "edge.listen = [\":8448\"]\nedge.homeserver = \"http://127.0.0.1:8008\"\nmemory_limit = \"96MiB\"\n[homeserver]", `edge.listen: ":8448" is reached without TLS, which other servers do not speak: set tls_cert and tls_key, or listen on 127.0.0.1 behind a proxy`},
-		{"[homeserver]", "edge.listen = [\"127.0.0.1:8448\"]\nedge.homeserver = \"http://127.0.0.1:8008\"\nmemory_limit = \"96MiB\"\n[homeserver]", `edge.trusted_proxies is empty: without it all that comes through a proxy at "127.0.0.1:8448" counts as one address`},
+		{"[homeserver]", "edge.listen = [\":8448\"]\nedge.homeserver = \"http://127.0.0.1:8008\"\nmemory_limit = \"128MiB\"\n[homeserver]", `edge.listen: ":8448" is reached without TLS, which other servers do not speak: set tls_cert and tls_key, or listen on 127.0.0.1 behind a proxy`},
+		{"[homeserver]", "edge.listen = [\"127.0.0.1:8448\"]\nedge.homeserver = \"http://127.0.0.1:8008\"\nmemory_limit = \"128MiB\"\n[homeserver]", `edge.trusted_proxies is empty: without it all that comes through a proxy at "127.0.0.1:8448" counts as one address`},
 		{"[homeserver]", "federation.ip_range_blocklist = []\n[homeserver]", "federation.ip_range_blocklist is empty: any server can make fsbus connect to private addresses"},
 	} {
 		c := mustParse(t, strings.Replace(minimal, tt.from, tt.to, 1))
