@@ -82,6 +82,7 @@ type Node struct {
 	replies   replyCounts
 	endpoints endpointCounts
 	notable   *notes
+	restored  chan struct{} // closed when the core knows what the store had
 	drained   chan struct{}
 	draining  atomic.Bool
 	trouble   trouble
@@ -198,8 +199,11 @@ func (m *machine) outbound(now sched.Time, ev event, out []effect) []effect {
 	for _, e := range m.out {
 		out = append(out, effect{Effect: e})
 	}
-	if e, ok := ev.Event.(bus.Gone); ok {
+	switch e := ev.Event.(type) {
+	case bus.Gone:
 		out = append(out, effect{gone: e.Req})
+	case bus.Restored:
+		close(m.n.restored)
 	}
 	clear(m.out)
 	return out
@@ -240,6 +244,7 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 		packs:      make(map[bus.BatchID]*packed),
 		deliveries: make(map[bus.OpID]*delivery),
 		errands:    make(map[bus.OpID]*errand),
+		restored:   make(chan struct{}),
 		drained:    make(chan struct{}),
 		notable:    newNotes(log),
 	}
@@ -387,6 +392,7 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 		n.loop.Run(ctx)
 	})
 	n.loop.Post(event{Event: bus.Restored{Hosts: fromStore(hosts), Queues: queues, Answers: answers, Notary: notary}})
+	<-n.restored // else the status could say for a moment that nothing waits
 	for _, ln := range listeners.front {
 		serve(ctx, func(context.Context) {
 			if err := n.front.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
