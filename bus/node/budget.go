@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 
-	"fsbus/bus/matrix"
 	"fsbus/sched"
 )
 
@@ -162,7 +161,7 @@ func (c *Config) Budget() Budget {
 		add("origins remembered", "edge.origins", e.Origins, originCost)
 		add("keys at hand", "", 2*maxRing, ringCost)
 		// One body of the largest size at a time, and what is made of it to check it.
-		add("large bodies being verified", "", 2, matrix.MaxRequestBody)
+		add("large bodies being verified", "edge.checked_body", 2, e.CheckedBody)
 		b.Goroutines += e.MaxConnections*edgeConnGoroutines + forwards*forwardGoroutines + verifiers + len(e.Listen)
 		b.FileDescriptors += e.MaxConnections + forwards + 2*spoolFiles
 		if e.PassClient {

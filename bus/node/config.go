@@ -23,8 +23,8 @@ import (
 //
 // The struct is also the schema: the toml tag names the key, range the values
 // that a number, a size or a time may have, oneof those that a text may have,
-// eg an example for a key whose default is none, and a key tagged reload is
-// applied without a restart. config.example.toml shows every key; a test keeps
+// eg an example for a key whose default is none, fit how far a default is lowered
+// for MemoryLimit, and a key tagged reload is applied without a restart. config.example.toml shows every key; a test keeps
 // it and this struct the same.
 type Config struct {
 	// DataDir is the folder of the database and of the spool. It is made if it
@@ -34,9 +34,10 @@ type Config struct {
 	// admin has dropped. With an edge there are half of SpoolDisk more for answers to
 	// other servers, and Edge.RequestBytes and UnverifiedBytes.
 	DataDir string `toml:"data_dir"`
-	// MemoryLimit is what the whole process may use at worst, in bytes; it
-	// does not start when Budget adds up to more. Default 64 MiB. A higher
-	// limit alone uses no more memory: it makes room for higher limits below.
+	// MemoryLimit is what the whole process may use at worst, in bytes. If Budget
+	// adds up to more, limits that stand at their defaults and have a fit tag are
+	// lowered; if that does not do, it does not start. Default 64 MiB. A higher limit
+	// alone uses no more memory: it makes room for higher limits below.
 	MemoryLimit sched.Bytes `toml:"memory_limit" range:"16MiB..1024GiB"`
 	// LogLevel is the least serious message that is logged. Default "info".
 	// "debug" writes some lines for each request, which an SD card feels.
@@ -58,6 +59,8 @@ type Config struct {
 	Edge       EdgeConfig       `toml:"edge"`
 	Federation FederationConfig `toml:"federation"`
 	Status     StatusConfig     `toml:"status"`
+
+	lowered []string // limits that fit has lowered, with their values
 }
 
 // HomeserverConfig says whose traffic it is.
@@ -101,10 +104,10 @@ type FrontConfig struct {
 	// time; further ones wait in the accept backlog. Default 4200, as a
 	// homeserver sends to all servers of its rooms at once. Each costs 2.5 KiB
 	// and a file descriptor.
-	MaxConnections int `toml:"max_connections" range:"16..100000"`
+	MaxConnections int `toml:"max_connections" range:"16..100000" fit:"400"`
 	// MaxReading is how many of them are being read at a time. Default 24.
 	// Each costs 50 KiB.
-	MaxReading int `toml:"max_reading" range:"16..1024"`
+	MaxReading int `toml:"max_reading" range:"16..1024" fit:"16"`
 
 	secret []byte // Secret, or what Load found at SecretPath
 }
@@ -113,13 +116,13 @@ type FrontConfig struct {
 type OutboundConfig struct {
 	// Workers is how many requests to other servers run at a time. Default
 	// 100. Each costs 88 KiB, seven goroutines and two file descriptors.
-	Workers int `toml:"workers" range:"8..2048"`
+	Workers int `toml:"workers" range:"8..2048" fit:"16"`
 	// UnknownHosts is how many of the workers may wait for servers that have
 	// not answered yet. Default 72. After a start all servers are such.
-	UnknownHosts int `toml:"unknown_hosts" range:"1..2048" reload:"yes"`
+	UnknownHosts int `toml:"unknown_hosts" range:"1..2048" reload:"yes" fit:"8"`
 	// FailingHosts is how many of the workers may wait for servers whose last
 	// attempt failed. Default 16.
-	FailingHosts int `toml:"failing_hosts" range:"1..2048" reload:"yes"`
+	FailingHosts int `toml:"failing_hosts" range:"1..2048" reload:"yes" fit:"3"`
 	// HostConcurrency is how many requests to one server run at a time.
 	// Default 4. A Synapse works on 3 of one origin at a time. Requests for keys
 	// do not count, see Keys.NotaryParallel.
@@ -135,7 +138,7 @@ type OutboundConfig struct {
 	// MaxHosts is how many servers are remembered, more than
 	// Front.MaxConnections and three times Workers together and 4. Default 5600. Each costs
 	// 768 bytes.
-	MaxHosts int `toml:"max_hosts" range:"100..1000000"`
+	MaxHosts int `toml:"max_hosts" range:"100..1000000" fit:"600"`
 	// ConnectTimeout bounds connecting to one address of a server. Default 5 s.
 	// A worker is busy for as long with a server that is gone, at most 30 s
 	// with all of its addresses.
@@ -156,18 +159,18 @@ type OutboundConfig struct {
 	// IdleConnections is how many connections to other servers stay open for
 	// the next request, which then needs no handshake. Default 56. Each costs
 	// 40 KiB, two goroutines and a file descriptor.
-	IdleConnections int `toml:"idle_connections" range:"1..4096"`
+	IdleConnections int `toml:"idle_connections" range:"1..4096" fit:"8"`
 	// IdleTimeout is how long such a connection stays open. Default 55 s, since
 	// most servers close it after 60 s themselves.
 	IdleTimeout Duration `toml:"idle_timeout" range:"1s..10m"`
 	// Cache is how many bytes of answers that were used lately are held in memory.
 	// Default 256 KiB. An answer that does not fit goes nowhere, so 0 keeps none on
 	// disk either.
-	Cache sched.Bytes `toml:"cache" range:"0..1GiB" reload:"yes"`
+	Cache sched.Bytes `toml:"cache" range:"0..1GiB" reload:"yes" fit:"64KiB"`
 	// CacheEntries is how many answers are kept in the database, CacheDisk how
 	// many bytes of it they take. Defaults 10000, at 64 bytes of memory each, and
 	// 16 MiB. 0 keeps none.
-	CacheEntries int         `toml:"cache_entries" range:"0..1000000"`
+	CacheEntries int         `toml:"cache_entries" range:"0..1000000" fit:"1000"`
 	CacheDisk    sched.Bytes `toml:"cache_disk" range:"0..16GiB"`
 	// ProfileFresh is how long a profile answers further requests. Default 5 min.
 	// ProfileStale is how long after that it does if its server fails, is left
@@ -176,7 +179,7 @@ type OutboundConfig struct {
 	ProfileStale Duration `toml:"profile_stale" range:"0s..168h" reload:"yes"`
 	// SpoolMemory is how many bytes of requests and answers on their way are
 	// held in memory. Default 2 MiB. What is beyond goes to disk.
-	SpoolMemory sched.Bytes `toml:"spool_memory" range:"0..1GiB"`
+	SpoolMemory sched.Bytes `toml:"spool_memory" range:"0..1GiB" fit:"256KiB"`
 	// SpoolDisk is how many bytes of them are held in DataDir, what Joins and Media
 	// keep included. Default 1 GiB: ten joins of the largest rooms.
 	SpoolDisk sched.Bytes `toml:"spool_disk" range:"64MiB..1024GiB"`
@@ -264,7 +267,7 @@ type OutboxConfig struct {
 	// AckHeld is how many answers are held at most; beyond it the oldest is
 	// given. Default 4000. Each takes one of Front.MaxConnections, and about
 	// 16 kB of the homeserver's memory.
-	AckHeld int `toml:"ack_held" range:"1..100000" reload:"yes"`
+	AckHeld int `toml:"ack_held" range:"1..100000" reload:"yes" fit:"300"`
 	// AckSmallRoom is up to how many servers a room counts as small; servers of
 	// small rooms alone are answered at once. Default 9.
 	AckSmallRoom int `toml:"ack_small_room" range:"1..1000" reload:"yes"`
@@ -288,7 +291,7 @@ type OutboxConfig struct {
 	TypingWindow   Duration `toml:"typing_window" range:"0s..20s" reload:"yes"`
 	// MaxTransactionBytes is the size that a transaction should not exceed.
 	// Default 4 MiB, of which two may be in memory.
-	MaxTransactionBytes sched.Bytes `toml:"max_transaction_bytes" range:"64KiB..12800KiB"`
+	MaxTransactionBytes sched.Bytes `toml:"max_transaction_bytes" range:"64KiB..12800KiB" fit:"512KiB"`
 	// CatchUpAfter is how old what is pending must be before a server that
 	// cannot be reached keeps only the newest events of each room, as a
 	// homeserver would. Default 1 h.

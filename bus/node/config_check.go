@@ -85,6 +85,9 @@ func (k *checker) check() {
 	k.dataDir()
 	k.serverName()
 	k.signingKeys()
+	if numbersFine {
+		k.fit()
+	}
 	k.front()
 	k.secret()
 	k.keys()
@@ -420,7 +423,11 @@ func (k *checker) memory() {
 	if b.Memory <= b.Limit {
 		return
 	}
-	k.bad("memory_limit", fmt.Sprintf("is %s, but the settings may use %s", tomlValue(b.Limit), inMiB(b.Memory)),
+	lowered := ""
+	if len(k.c.lowered) > 0 {
+		lowered = ", with the defaults lowered as far as they go"
+	}
+	k.bad("memory_limit", fmt.Sprintf("is %s, but the settings may use %s%s", tomlValue(b.Limit), inMiB(b.Memory), lowered),
 		fmt.Sprintf("at least memory_limit = %s, or lower %s", tomlValue(roundUp(b.Memory)), b.largest(3)))
 }
 
@@ -539,6 +546,9 @@ func (c *Config) Warnings() []string {
 		if port == "0" {
 			warn("front.listen: port 0 is another port after each start")
 		}
+	}
+	if len(c.lowered) > 0 {
+		warn("memory_limit: %v is less than the defaults need; lowered to fit it: %s", c.MemoryLimit, strings.Join(c.lowered, ", "))
 	}
 	c.edgeWarnings(warn)
 	if len(c.Federation.IPRangeBlocklist) == 0 {

@@ -98,7 +98,7 @@ func (f field) form() string {
 	case bool:
 		return "true or false"
 	case []string:
-		return "a list of texts in quotes" + eg
+		return "a text in quotes or a list of such" + eg
 	case map[string]string:
 		return "a table of texts in quotes" + eg
 	}
@@ -164,6 +164,9 @@ func (f field) set(raw any) (problem string) {
 		}
 		*p = b
 	case *[]string:
+		if s, ok := raw.(string); ok {
+			raw = []any{s}
+		}
 		list, ok := raw.([]any)
 		if !ok {
 			return mismatch

@@ -22,14 +22,14 @@ type EdgeConfig struct {
 	// is no edge, and nothing else here counts. Each needs one goroutine and one of
 	// MaxConnections.
 	Listen []string `toml:"listen" eg:"[\"0.0.0.0:8448\", \"[::]:8448\"]"`
-	// Homeserver is the homeserver's federation listener: "http://host:port" or
+	// Upstream is the homeserver's federation listener: "http://host:port" or
 	// "unix:/path". Required with Listen.
-	Homeserver string `toml:"homeserver" eg:"\"http://127.0.0.1:8008\""`
-	// TLSCert is the file of the certificate and those that lead to its authority,
-	// TLSKey that of its key, both PEM. They are read again when they change, and on
+	Upstream string `toml:"upstream" eg:"\"http://127.0.0.1:8008\""`
+	// TLSCertificate is the file of the certificate and those that lead to its authority,
+	// TLSPrivateKey that of its key, both PEM. They are read again when they change, and on
 	// reload. Default "": HTTP without TLS, for a proxy that does it.
-	TLSCert string `toml:"tls_cert" eg:"\"/etc/fsbus/fullchain.pem\""`
-	TLSKey  string `toml:"tls_key" eg:"\"/etc/fsbus/privkey.pem\""`
+	TLSCertificate string `toml:"tls_certificate" eg:"\"/etc/fsbus/fullchain.pem\""`
+	TLSPrivateKey  string `toml:"tls_private_key" eg:"\"/etc/fsbus/privkey.pem\""`
 	// TrustedProxies are the addresses of proxies whose X-Forwarded-For is believed.
 	// Default none; whoever connects over a unix socket is trusted as well.
 	TrustedProxies []string `toml:"trusted_proxies" eg:"[\"127.0.0.0/8\", \"::1/128\"]"`
@@ -43,13 +43,13 @@ type EdgeConfig struct {
 	// MaxConnections is how many connections are open at a time; when all are, the
 	// longest idle one makes room. Default 320. Each costs 57 KiB with TLS, up to
 	// three goroutines and a file descriptor.
-	MaxConnections int `toml:"max_connections" range:"16..100000"`
+	MaxConnections int `toml:"max_connections" range:"16..100000" fit:"32"`
 	// MaxConnectionsPerAddress is how many of them one address may have. Default 0:
 	// as many as there are, since one host may serve many servers.
 	MaxConnectionsPerAddress int `toml:"max_connections_per_address" range:"0..100000"`
 	// MaxReading is how many requests are being read at a time. Default 16. Each
 	// costs 48 KiB.
-	MaxReading int `toml:"max_reading" range:"4..1024"`
+	MaxReading int `toml:"max_reading" range:"4..1024" fit:"4"`
 	// HeaderTimeout bounds a TLS handshake, and the head of a request, BodyTimeout
 	// its body. Defaults 10 s and 30 s. IdleTimeout is how long a connection stays
 	// open without a request. Default 90 s.
@@ -77,20 +77,25 @@ type EdgeConfig struct {
 	// answer. Defaults 256, 64 MiB, 512 and 64 MiB. Each costs 6 KiB. SpoolMemory is
 	// how many of the bytes are in memory, and as many of the answers; the rest is in
 	// DataDir, of the answers at most half of Outbound.SpoolDisk. Default 1 MiB.
-	Unverified      int         `toml:"unverified" range:"8..100000"`
+	Unverified      int         `toml:"unverified" range:"8..100000" fit:"32"`
 	UnverifiedBytes sched.Bytes `toml:"unverified_bytes" range:"13MiB..16GiB"`
-	Requests        int         `toml:"requests" range:"8..100000"`
+	Requests        int         `toml:"requests" range:"8..100000" fit:"64"`
 	RequestBytes    sched.Bytes `toml:"request_bytes" range:"13MiB..16GiB"`
-	SpoolMemory     sched.Bytes `toml:"spool_memory" range:"0..1GiB"`
+	SpoolMemory     sched.Bytes `toml:"spool_memory" range:"0..1GiB" fit:"128KiB"`
+	// CheckedBody is the size of the largest body whose signature is checked here,
+	// which takes twice as much memory. A larger one goes on to the homeserver as if
+	// its key could not be had; with NoKey "refuse" it is refused. Default 12.5 MiB,
+	// which is the largest that there is.
+	CheckedBody sched.Bytes `toml:"checked_body" range:"1MiB..12800KiB" fit:"2MiB"`
 	// Origins is how many servers are remembered, more than Requests, Concurrency,
 	// Parallel and 256 together. Default 2000. Each costs 400 bytes.
-	Origins int `toml:"origins" range:"100..1000000"`
+	Origins int `toml:"origins" range:"100..1000000" fit:"500"`
 
 	// Concurrency is how many transactions the homeserver is given at a time at most,
 	// Parallel how many other requests; how many it really is follows from its answer
 	// times. Defaults 8 and 16. Each costs 60 KiB and three goroutines.
-	Concurrency int `toml:"concurrency" range:"1..1024"`
-	Parallel    int `toml:"parallel" range:"2..1024"`
+	Concurrency int `toml:"concurrency" range:"1..1024" fit:"4"`
+	Parallel    int `toml:"parallel" range:"2..1024" fit:"6"`
 	// TransactionQueue is how many transactions of one server wait, and OriginBytes
 	// bounds all that is held of it. Defaults 10 and 14 MiB. OriginQueue is how many
 	// other requests of it wait before they are answered 429, OriginParallel how many
@@ -114,7 +119,7 @@ type EdgeConfig struct {
 	EphemeralRate    float64  `toml:"ephemeral_rate" range:"0.1..10000.0" reload:"yes"`
 	EphemeralShare   float64  `toml:"ephemeral_share" range:"0.01..1.0" reload:"yes"`
 	EphemeralHold    Duration `toml:"ephemeral_hold" range:"1s..50s" reload:"yes"`
-	EphemeralWaiting int      `toml:"ephemeral_waiting" range:"1..100000" reload:"yes"`
+	EphemeralWaiting int      `toml:"ephemeral_waiting" range:"1..100000" reload:"yes" fit:"20"`
 	// JoinHold is how long traffic of a room waits while the homeserver joins it.
 	// Default 25 s.
 	JoinHold Duration `toml:"join_hold" range:"0s..30s" reload:"yes"`
@@ -147,6 +152,7 @@ func defaultEdge() EdgeConfig {
 		Requests:         int(e.Requests),
 		RequestBytes:     e.Bytes,
 		SpoolMemory:      sched.MiB,
+		CheckedBody:      matrix.MaxRequestBody,
 		Origins:          int(e.Origins),
 		Concurrency:      int(e.Concurrency),
 		Parallel:         int(e.Parallel),
@@ -210,12 +216,12 @@ func (e *EdgeConfig) proxies() []netip.Prefix {
 
 // upstream returns how the homeserver is reached.
 func (e *EdgeConfig) upstream() netx.UpstreamConfig {
-	return netx.UpstreamConfig{Address: e.Homeserver, MaxConns: e.Concurrency + e.Parallel}
+	return netx.UpstreamConfig{Address: e.Upstream, MaxConns: e.Concurrency + e.Parallel}
 }
 
 // certificates returns where the certificate is; ok is false if there is none.
 func (e *EdgeConfig) certificates() (c netx.CertificatesConfig, ok bool) {
-	return netx.CertificatesConfig{CertFile: e.TLSCert, KeyFile: e.TLSKey}, e.TLSCert != ""
+	return netx.CertificatesConfig{CertFile: e.TLSCertificate, KeyFile: e.TLSPrivateKey}, e.TLSCertificate != ""
 }
 
 func (k *checker) edge(numbersFine bool) {
@@ -233,7 +239,7 @@ func (k *checker) edge(numbersFine bool) {
 		return
 	}
 	k.edgeListen()
-	k.edgeHomeserver()
+	k.edgeUpstream()
 	k.edgeTLS()
 	if c.WellKnown != "" {
 		if _, err := matrix.ParseServerName(c.WellKnown); err != nil {
@@ -293,49 +299,49 @@ func (k *checker) edgeListen() {
 	}
 }
 
-func (k *checker) edgeHomeserver() {
-	const key = "edge.homeserver"
-	const want = `where the homeserver's federation listener is, such as homeserver = "http://127.0.0.1:8008" or "unix:/run/synapse/federation.sock"`
+func (k *checker) edgeUpstream() {
+	const key = "edge.upstream"
+	const want = `where the homeserver's federation listener is, such as upstream = "http://127.0.0.1:8008" or "unix:/run/synapse/federation.sock"`
 	c := &k.c.Edge
 	switch {
 	case k.reported(key):
 		return
-	case c.Homeserver == "":
+	case c.Upstream == "":
 		k.bad(key, "is not set, but edge.listen is", want)
 		return
 	}
-	if path, ok := strings.CutPrefix(c.Homeserver, "unix:"); ok && path != "" {
-		c.Homeserver = "unix:" + k.abs(path)
+	if path, ok := strings.CutPrefix(c.Upstream, "unix:"); ok && path != "" {
+		c.Upstream = "unix:" + k.abs(path)
 	}
 	if _, err := netx.NewUpstream(c.upstream()); err != nil {
-		_, why, _ := strings.Cut(err.Error(), strconv.Quote(c.Homeserver)+": ")
-		k.bad(key, "is "+quote(c.Homeserver)+": "+clean(why), want)
+		_, why, _ := strings.Cut(err.Error(), strconv.Quote(c.Upstream)+": ")
+		k.bad(key, "is "+quote(c.Upstream)+": "+clean(why), want)
 		return
 	}
-	if host, ok := strings.CutPrefix(c.Homeserver, "http://"); ok && slices.Contains(c.Listen, strings.TrimSuffix(host, "/")) {
-		k.bad(key, "is "+quote(c.Homeserver)+", which is in edge.listen", "the homeserver's own address")
+	if host, ok := strings.CutPrefix(c.Upstream, "http://"); ok && slices.Contains(c.Listen, strings.TrimSuffix(host, "/")) {
+		k.bad(key, "is "+quote(c.Upstream)+", which is in edge.listen", "the homeserver's own address")
 	}
 }
 
 func (k *checker) edgeTLS() {
-	const certKey, keyKey = "edge.tls_cert", "edge.tls_key"
+	const certKey, keyKey = "edge.tls_certificate", "edge.tls_private_key"
 	c := &k.c.Edge
 	switch {
-	case c.TLSCert == "" && c.TLSKey == "":
+	case c.TLSCertificate == "" && c.TLSPrivateKey == "":
 		return
-	case c.TLSCert == "":
-		k.bad(certKey, "is not set, but edge.tls_key is", "both, or none where a proxy does TLS")
+	case c.TLSCertificate == "":
+		k.bad(certKey, "is not set, but edge.tls_private_key is", "both, or none where a proxy does TLS")
 		return
-	case c.TLSKey == "":
-		k.bad(keyKey, "is not set, but edge.tls_cert is", "both, or none where a proxy does TLS")
+	case c.TLSPrivateKey == "":
+		k.bad(keyKey, "is not set, but edge.tls_certificate is", "both, or none where a proxy does TLS")
 		return
 	}
-	c.TLSCert, c.TLSKey = k.abs(c.TLSCert), k.abs(c.TLSKey)
+	c.TLSCertificate, c.TLSPrivateKey = k.abs(c.TLSCertificate), k.abs(c.TLSPrivateKey)
 	files, _ := c.certificates()
 	if _, err := netx.LoadCertificates(files); err != nil {
-		key, path := certKey, c.TLSCert
+		key, path := certKey, c.TLSCertificate
 		if strings.HasPrefix(err.Error(), "TLS private key") {
-			key, path = keyKey, c.TLSKey
+			key, path = keyKey, c.TLSPrivateKey
 		}
 		why := reason(err)
 		if _, rest, found := strings.Cut(why, path+": "); found {
@@ -359,9 +365,9 @@ func (c *Config) edgeWarnings(warn func(format string, args ...any)) {
 		addr, _ := netip.ParseAddr(host)
 		local := addr.IsLoopback() || host == "localhost"
 		switch {
-		case e.TLSCert == "" && !local:
-			warn("edge.listen: %s is reached without TLS, which other servers do not speak: set tls_cert and tls_key, or listen on 127.0.0.1 behind a proxy", quote(spec))
-		case e.TLSCert == "" && len(e.TrustedProxies) == 0:
+		case e.TLSCertificate == "" && !local:
+			warn("edge.listen: %s is reached without TLS, which other servers do not speak: set tls_certificate and tls_private_key, or listen on 127.0.0.1 behind a proxy", quote(spec))
+		case e.TLSCertificate == "" && len(e.TrustedProxies) == 0:
 			warn("edge.trusted_proxies is empty: without it all that comes through a proxy at %s counts as one address", quote(spec))
 		}
 	}

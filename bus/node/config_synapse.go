@@ -64,10 +64,10 @@ func (c *Config) edgeListener(b *strings.Builder) {
 	b.WriteString("# Other servers connect to fsbus. Of the listeners, the one for federation is\n" +
 		"# this; no other one has federation, and nobody from outside can reach it.\n" +
 		"#  - type: http\n")
-	if path, ok := strings.CutPrefix(c.Edge.Homeserver, "unix:"); ok {
+	if path, ok := strings.CutPrefix(c.Edge.Upstream, "unix:"); ok {
 		fmt.Fprintf(b, "#    path: %s\n", yamlText(path))
 	} else {
-		host, port, err := net.SplitHostPort(strings.TrimSuffix(strings.TrimPrefix(c.Edge.Homeserver, "http://"), "/"))
+		host, port, err := net.SplitHostPort(strings.TrimSuffix(strings.TrimPrefix(c.Edge.Upstream, "http://"), "/"))
 		if err != nil {
 			host, port = "127.0.0.1", "80" // it names no port
 		}

@@ -214,9 +214,9 @@ max_items = 100000
 max_disk = "1GiB"
 [edge]
 listen = ["unix:edge.sock", "0.0.0.0:8448"]
-homeserver = "unix:synapse.sock"
-tls_cert = "cert.pem"
-tls_key = "key.pem"
+upstream = "unix:synapse.sock"
+tls_certificate = "cert.pem"
+tls_private_key = "key.pem"
 trusted_proxies = ["127.0.0.1", "10.0.0.0/8"]
 well_known = "matrix.example.org:443"
 pass_client = true
@@ -237,6 +237,7 @@ unverified_bytes = "16MiB"
 requests = 128
 request_bytes = "16MiB"
 spool_memory = "512KiB"
+checked_body = "4MiB"
 origins = 1000
 concurrency = 2
 parallel = 4
@@ -691,8 +692,8 @@ func TestWarnings(t *testing.T) {
 		{"127.0.0.1:8009", "localhost:8009", ""},
 		{"127.0.0.1:8009", "[::1]:0", "front.listen: port 0 is another port after each start"},
 		{`["127.0.0.1:8009"]`, "[\":8009\"]\nallow_remote = true", `front.listen: ":8009" crosses the network unencrypted, secret included`},
-		{"[homeserver]", "edge.listen = [\":8448\"]\nedge.homeserver = \"http://127.0.0.1:8008\"\nmemory_limit = \"128MiB\"\n[homeserver]", `edge.listen: ":8448" is reached without TLS, which other servers do not speak: set tls_cert and tls_key, or listen on 127.0.0.1 behind a proxy`},
-		{"[homeserver]", "edge.listen = [\"127.0.0.1:8448\"]\nedge.homeserver = \"http://127.0.0.1:8008\"\nmemory_limit = \"128MiB\"\n[homeserver]", `edge.trusted_proxies is empty: without it all that comes through a proxy at "127.0.0.1:8448" counts as one address`},
+		{"[homeserver]", "edge.listen = [\":8448\"]\nedge.upstream = \"http://127.0.0.1:8008\"\nmemory_limit = \"128MiB\"\n[homeserver]", `edge.listen: ":8448" is reached without TLS, which other servers do not speak: set tls_certificate and tls_private_key, or listen on 127.0.0.1 behind a proxy`},
+		{"[homeserver]", "edge.listen = [\"127.0.0.1:8448\"]\nedge.upstream = \"http://127.0.0.1:8008\"\nmemory_limit = \"128MiB\"\n[homeserver]", `edge.trusted_proxies is empty: without it all that comes through a proxy at "127.0.0.1:8448" counts as one address`},
 		{"[homeserver]", "federation.ip_range_blocklist = []\n[homeserver]", "federation.ip_range_blocklist is empty: any server can make fsbus connect to private addresses"},
 	} {
 		c := mustParse(t, strings.Replace(minimal, tt.from, tt.to, 1))
@@ -768,7 +769,7 @@ func TestSynapseConfigOfAnEdge(t *testing.T) {
 	} {
 		c := DefaultConfig()
 		c.Front.SecretPath = "/etc/fsbus/secret"
-		c.Edge.Listen, c.Edge.Homeserver = []string{":8448"}, homeserver
+		c.Edge.Listen, c.Edge.Upstream = []string{":8448"}, homeserver
 		if got, want := synapseConfig(t, &c), fmt.Sprintf(want, lines); !strings.HasSuffix(got, want) {
 			t.Errorf("%s: got\n%s\nwant at the end\n%s", homeserver, got, want)
 		}

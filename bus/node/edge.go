@@ -68,8 +68,10 @@ type caller struct {
 	follows  []follow // which events its PDUs come after
 	found    []byte   // what its Look found
 	acked    []string // the events of its PDUs, as far as they are known
-	ended    bool
-	freed    bool
+
+	unchecked bool // its body is too large to be looked into
+	ended     bool
+	freed     bool
 }
 
 // newEdge returns nil if there is none.
@@ -94,12 +96,12 @@ func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
 	up := e.upstream()
 	up.Logger = n.log
 	if s.upstream, err = netx.NewUpstream(up); err != nil {
-		return nil, fmt.Errorf("edge.homeserver: %w", err)
+		return nil, fmt.Errorf("edge.upstream: %w", err)
 	}
 	if e.PassClient {
 		held += clientRequests
 		if s.clients, err = newClientSide(up); err != nil {
-			return nil, fmt.Errorf("edge.homeserver: %w", err)
+			return nil, fmt.Errorf("edge.upstream: %w", err)
 		}
 	}
 	for _, sp := range []struct {

@@ -11,6 +11,7 @@ import (
 	"fsbus/bus/edge"
 	"fsbus/bus/matrix"
 	"fsbus/netx"
+	"fsbus/store"
 )
 
 // relay is one request on its way to the homeserver, and its answer. The forwarder
@@ -30,10 +31,10 @@ type relay struct {
 	whole *edge.Answered // not posted yet: it goes together with Done
 
 	// Of the 200 to a transaction, before Done is posted: the body, if it is not too
-	// large to be kept, and what it acknowledges.
-	kept   []byte
-	acked  []string
-	failed int
+	// large to be kept, what it acknowledges, and the PDUs that are thereby done with.
+	kept  []byte
+	acked []string
+	pdus  []store.InboundPDU
 }
 
 func (s *edgeShell) forward(e edge.Forward) {
@@ -64,8 +65,13 @@ func (r *relay) read(s *edgeShell) {
 		return
 	}
 	r.kept = r.bytes()
-	if ids, failed, ok := matrix.AcknowledgedPDUs(r.kept); ok {
-		r.acked, r.failed = ids, failed
+	ids, failed, ok := matrix.AcknowledgedPDUs(r.kept)
+	if !ok {
+		return
+	}
+	r.acked = ids
+	if failed == 0 && len(ids) == len(r.c.txn.Hashes) {
+		r.pdus = r.acknowledged(s)
 	}
 }
 

@@ -51,6 +51,9 @@ func (s *edgeShell) maxBody(method, target string) int64 {
 	if placeOf(ep, target) == toHomeserver {
 		return maxClientBody
 	}
+	if cfg := &s.n.cfg.Load().Edge; ep.Unsigned || cfg.NoKey == edge.RefuseNoKey.String() {
+		return min(ep.MaxRequest, int64(cfg.CheckedBody))
+	}
 	return ep.MaxRequest
 }
 
@@ -245,6 +248,8 @@ func (s *edgeShell) arrived(q *netx.EdgeRequest, c *caller) (a edge.Arrived, err
 	}
 	a.Key = edge.Key(keyOf(a.Origin, q.Method, q.Target, q.Sum))
 	switch {
+	case q.Size > int64(cfg.Edge.CheckedBody):
+		c.unchecked = true
 	case c.endpoint.Name == "send":
 		if a.Txn, err = s.transaction(c, a); err != nil {
 			return a, err

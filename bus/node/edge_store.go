@@ -2,6 +2,7 @@ package node
 
 import (
 	"errors"
+	"slices"
 	"strconv"
 
 	"fsbus/bus/edge"
@@ -115,7 +116,8 @@ func (s *edgeShell) record(e edge.Record) {
 			if r.kept != nil { // else it is larger than any real one, and only that it was answered counts
 				row.Answer = r.kept
 			}
-			row.PDUs = s.acknowledged(a.Txn, r)
+			row.PDUs = r.pdus
+			s.came(a.Txn, r)
 		}
 		batch.Inbound = append(batch.Inbound, row)
 	}
@@ -129,10 +131,8 @@ func (s *edgeShell) record(e edge.Record) {
 	}
 }
 
-// acknowledged returns the PDUs of a transaction that an answer acknowledges: all
-// of them, if it names as many and none with an error. Nothing says which of its
-// ids is that of which PDU, unless there is one.
-func (s *edgeShell) acknowledged(t *edge.Txn, r *relay) []store.InboundPDU {
+// came notes for the gaps which events an answer to a transaction acknowledges.
+func (s *edgeShell) came(t *edge.Txn, r *relay) {
 	for _, id := range r.acked {
 		s.gaps.came(mark(id))
 	}
@@ -142,15 +142,36 @@ func (s *edgeShell) acknowledged(t *edge.Txn, r *relay) []store.InboundPDU {
 			s.gaps.came(mark(room))
 		}
 	}
-	if r.failed > 0 || len(r.acked) != len(t.Hashes) {
-		return nil
-	}
-	pdus := make([]store.InboundPDU, len(t.Hashes))
-	for i, h := range t.Hashes {
+}
+
+// acknowledged returns the PDUs of a transaction of which the answer acknowledges each.
+// Which of its ids is that of which PDU it does not say, so where there are several
+// they are computed. One may be left without, if the homeserver knows better than we
+// how its room makes ids.
+func (r *relay) acknowledged(s *edgeShell) []store.InboundPDU {
+	pdus := make([]store.InboundPDU, len(r.c.txn.Hashes))
+	for i, h := range r.c.txn.Hashes {
 		pdus[i].Hash = h
 	}
 	if len(pdus) == 1 {
 		pdus[0].EventID = r.acked[0]
+		return pdus
+	}
+	body, done, err := s.bulk.whole(r.c.q.Body, r.c.q.Size)
+	defer done()
+	if err != nil {
+		return pdus
+	}
+	txn, err := matrix.ParseTransaction(body)
+	if err != nil && !errors.Is(err, matrix.ErrNoOrigin) {
+		return pdus
+	}
+	for i := range txn.PDUs {
+		for _, id := range matrix.EventIDs(txn.PDUs[i].Raw) {
+			if slices.Contains(r.acked, id) {
+				pdus[i].EventID = id
+			}
+		}
 	}
 	return pdus
 }

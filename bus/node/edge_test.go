@@ -163,7 +163,7 @@ type edgeRig struct {
 func newEdgeRig(t *testing.T, lines string, c config) *edgeRig {
 	t.Helper()
 	w := unsigned(t, sim.Config{Servers: 12, RoomMembers: 12})
-	c.edge = "listen = [\"unix:edge.sock\"]\nhomeserver = \"unix:hs.sock\"\ntls_cert = \"cert.pem\"\ntls_key = \"key.pem\"\n" + lines
+	c.edge = "listen = [\"unix:edge.sock\"]\nupstream = \"unix:hs.sock\"\ntls_certificate = \"cert.pem\"\ntls_private_key = \"key.pem\"\n" + lines
 	r := &edgeRig{running: newRunning(t, w, c), world: w}
 	r.pool = certFiles(t, r.dir, "us.test")
 	r.home = newHome(t, filepath.Join(r.dir, "hs.sock"))
@@ -275,6 +275,22 @@ func TestEdgeForwardsWhatIsAuthentic(t *testing.T) {
 	rep := r.report()
 	if e := rep.Edge; e == nil || e.Requests != 4 || e.Signatures[0].Count != 4 || e.KeyFetches != 2 {
 		t.Errorf("%+v", e)
+	}
+}
+
+// The homeserver names the events of a transaction in an order of its own. Whoever
+// sends some of them again gets the ids of these.
+func TestEdgeKnowsWhichEventIsWhich(t *testing.T) {
+	r := startEdge(t, "", config{})
+	id := func(n int) string { return matrix.EventIDs([]byte(pduNo(n)))[0] }
+	r.home.answers(func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprintf(w, `{"pdus":{%q:{},%q:{},"$ofItsOwnMaking":{}}}`, id(3), id(1))
+	})
+	r.send(r.txn(0, "t1", strings.Join([]string{pduNo(1), pduNo(2), pduNo(3)}, ","), ""))
+	r.sends(r.txn(0, "t2", pduNo(3), ""), 200, fmt.Sprintf(`{"pdus":{%q:{}}}`, id(3)))
+	r.sends(r.txn(0, "t3", pduNo(2)+","+pduNo(1), ""), 200, fmt.Sprintf(`{"pdus":{%q:{}}}`, id(1)))
+	if n := len(r.home.seen); n != 1 {
+		t.Errorf("the homeserver saw %v", r.home.seen)
 	}
 }
 
@@ -563,6 +579,29 @@ func TestEdgeLargeBodies(t *testing.T) {
 	s, b := r.send(r.txn(0, "bigger", strings.TrimSuffix(strings.Repeat(`{"content":"`+large+`"},`, 3), ","), ""))
 	if s != 413 || matrix.ErrorCode([]byte(b)) != "M_TOO_LARGE" {
 		t.Errorf("%d %s", s, b)
+	}
+}
+
+// A body too large to be checked is the homeserver's to check, unless what is not
+// checked is refused.
+func TestEdgeBodiesTooLargeToBeChecked(t *testing.T) {
+	large := `{"content":"` + strings.Repeat("x", 1<<20) + `"}`
+	r := startEdge(t, "checked_body = \"1MiB\"\n", config{})
+	for range 2 { // nothing is stored of it
+		r.sends(r.txn(0, "large", large, ""), 200, "")
+	}
+	r.sends(r.txn(0, "small", pduNo(1), ""), 200, "")
+	if n := r.home.times("PUT /_matrix/federation/v1/send/large"); n != 2 {
+		t.Errorf("the homeserver saw it %d times", n)
+	}
+	if e := r.report().Edge; e.Signatures[0].Count != 1 || e.KeyFetches != 1 {
+		t.Errorf("%+v", e)
+	}
+
+	r = startEdge(t, "checked_body = \"1MiB\"\nno_key = \"refuse\"\n", config{})
+	s, b := r.send(r.txn(0, "large", large, ""))
+	if s != 413 || matrix.ErrorCode([]byte(b)) != "M_TOO_LARGE" || len(r.home.seen) > 0 {
+		t.Errorf("%d %s; the homeserver saw %v", s, b, r.home.seen)
 	}
 }
 

@@ -81,6 +81,9 @@ const trustFor = 5 * time.Minute
 // be right, and there must be one at least.
 func (s *edgeShell) verify(j verifyJob) verdict {
 	q, origin := j.c.q, j.c.auth.origin
+	if j.c.unchecked {
+		return verdict{Verified: edge.Verified{Verdict: edge.NoKey, Text: "the body is too large to be checked", Tried: true}}
+	}
 	v := verdict{Verified: edge.Verified{Verdict: edge.NoKey, Text: "no key of " + string(origin) + " could be had", Tried: true}}
 	type signed struct {
 		matrix.XMatrix

@@ -74,11 +74,11 @@ func NewCertificate(dir string, name matrix.ServerName) (*Certificate, error) {
 // the address listen before the stub.
 func EdgeSettings(listen string, c *Certificate, s *Stub) map[string]string {
 	return map[string]string{
-		"memory_limit":    Text("128MiB"), // what config.example.toml says that the edge needs
-		"edge.listen":     Texts(listen),
-		"edge.homeserver": Text("http://" + s.Address),
-		"edge.tls_cert":   Text(c.CertFile),
-		"edge.tls_key":    Text(c.KeyFile),
+		"memory_limit":         Text("128MiB"), // what config.example.toml says that the edge needs
+		"edge.listen":          Texts(listen),
+		"edge.upstream":        Text("http://" + s.Address),
+		"edge.tls_certificate": Text(c.CertFile),
+		"edge.tls_private_key": Text(c.KeyFile),
 	}
 }
 

@@ -313,7 +313,7 @@ func TestEdgeSettingsAreTaken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if e := got.Edge; len(e.Listen) != 1 || e.Listen[0] != "127.0.0.1:3" || e.Homeserver != "http://"+stub.Address || e.TLSCert != c.CertFile {
+	if e := got.Edge; len(e.Listen) != 1 || e.Listen[0] != "127.0.0.1:3" || e.Upstream != "http://"+stub.Address || e.TLSCertificate != c.CertFile {
 		t.Errorf("%+v", e)
 	}
 }
