@@ -578,6 +578,49 @@ func TestSecretIsNotPrinted(t *testing.T) {
 
 // The example has every key once, explained, with the default as its value and
 // in words.
+// These keys and forms scripts of others rely on. All at once they must do.
+func TestAgreedKeys(t *testing.T) {
+	const text = `
+data_dir     = "."
+memory_limit = "64MiB"
+
+[homeserver]
+server_name      = "example.org"
+signing_key_path = "signing.key"
+
+[front]
+listen      = ["unix:fsbus.sock", "127.0.0.1:8009"]
+secret_path = "secret"
+
+[federation]
+ca_file            = ""
+ip_range_blocklist = ["127.0.0.0/8", "10.0.0.0/8"]
+ip_range_allowlist = []
+resolve            = {"hs2.test" = "127.0.0.1"}
+
+[edge]
+listen          = "127.0.0.1:8449"
+tls_certificate = ""
+tls_private_key = ""
+upstream        = "http://127.0.0.1:8008"
+
+[status]
+listen = "127.0.0.1:8011"
+`
+	dir := t.TempDir()
+	keyFile(t, dir, 7)
+	if err := os.WriteFile(filepath.Join(dir, "secret"), []byte("0123456789abcdef"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := parseConfig("FILE", dir, text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(c.Edge.Listen, []string{"127.0.0.1:8449"}) || !c.hasOutbox() {
+		t.Errorf("%+v", c)
+	}
+}
+
 func TestExampleIsComplete(t *testing.T) {
 	const path = "../../config.example.toml"
 	// These differ from the default, so that the example runs as it is.
