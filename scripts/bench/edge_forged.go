@@ -87,12 +87,22 @@ func edgeForged(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	stubBefore := f.stub.Stats()
-	watched := f.watch(ctx, nil)
+	// A quarter of the flood fills what may be filled, and what comes after it must
+	// not need more.
+	start := time.Now()
+	var early, late int64 // most memory in the second quarter, and in the last
+	watched := f.watch(ctx, func(s rig.Sample) {
+		switch 4 * time.Since(start) / quietFor {
+		case 1:
+			early = max(early, s.Usage.RSS)
+		case 3:
+			late = max(late, s.Usage.RSS)
+		}
+	})
 	flooding, flooded := context.WithCancel(ctx)
 	defer flooded()
 	var running sync.WaitGroup
 	running.Go(func() { both(flooding, "during", time.Now().Add(time.Hour), &during, &duringDirect) })
-	start := time.Now()
 	var forged [numForgeries]ends
 	f.forge(ctx, &forged)
 	took := time.Since(start)
@@ -132,6 +142,8 @@ func edgeForged(ctx context.Context, b *bench) (err error) {
 	b.result.add("connections refused, on this machine", "", float64(refused-refusedBefore))
 	b.result.add("forged that the homeserver was asked about", "", float64(f.stub.Stats().Refused-stubBefore.Refused))
 	b.result.add("memory before", "MiB", mib(usageBefore.RSS))
+	b.result.add("most memory in the second quarter", "MiB", mib(early))
+	b.result.add("most memory in the last quarter", "MiB", mib(late))
 	b.result.add("most memory", "MiB", mib(usage.PeakRSS))
 	b.result.add("memory after", "MiB", mib(usage.RSS))
 	b.result.add("processor time", "s", (usage.CPU - usageBefore.CPU).Seconds())
@@ -151,6 +163,7 @@ func edgeForged(ctx context.Context, b *bench) (err error) {
 	b.result.atMost("forged requests answered 200", float64(through), 0, "")
 	b.result.atMost("keys fetched, key_fetches for each minute begun", fetches, 300*minutes, "")
 	b.result.atMost("memory", mib(usage.PeakRSS), 128, "MiB")
+	b.result.atMost("memory in the last quarter, a tenth more than in the second", mib(late), 1.1*mib(early), "MiB")
 	return nil
 }
 
