@@ -124,6 +124,36 @@ func (r *rig) answer(op OpID, status int) {
 	r.step(Done{Op: op, Size: 100, Kept: true})
 }
 
+// An error would be taken for the remote's: Synapse leaves it alone for minutes.
+func TestOurOwnFaultIsNotTheRemotes(t *testing.T) {
+	const devices = "/_matrix/federation/v1/user/devices/@a:h.test"
+	r := newRig(t, nil)
+	r.works("h.test")
+	r.get("h.test", "GET", devices)
+	for range 3 {
+		r.step(Done{Op: r.sent().Op, Failure: matrix.FailLocal, Sent: true, Detail: "the spool is full"})
+		r.one("nothing is answered", len(of[Refuse](r.last)) == 0)
+		r.pass(pause)
+	}
+	before := len(of[Reply](r.all))
+	r.answer(r.sent().Op, 200)
+	r.one("then it is", len(of[Reply](r.all)) == before+1)
+
+	// While it lasts the answer comes when time is up, and not before.
+	r.get("h.test", "GET", devices+"?again")
+	start := r.now
+	for len(of[Refuse](r.last)) == 0 && r.now.Sub(start) < time.Hour {
+		if len(of[Send](r.last)) > 0 {
+			r.step(Done{Op: r.sent().Op, Failure: matrix.FailLocal, Detail: "the spool is full"})
+			continue
+		}
+		r.pass(100 * time.Millisecond)
+	}
+	if d, want := r.now.Sub(start), matrix.Match("GET", devices).Timeout; d < want-5*time.Second || d > want {
+		t.Errorf("it is refused after %s, the caller waits for %s", d, want)
+	}
+}
+
 func TestEqualRequestsShareOneAttempt(t *testing.T) {
 	r := newRig(t, nil)
 	a := r.profile("h.test", 1)

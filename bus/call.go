@@ -85,6 +85,10 @@ func (m *Machine) arrived(a Arrived) {
 		panic(fmt.Sprintf("bus: request %d arrived twice", a.Req))
 	}
 	m.stats.Requests[a.Class]++
+	if q := m.outbox.queues[a.Dest]; q != nil && q.Total() > 0 && a.Endpoint == sendEndpoint {
+		m.refuseNew(a, notYet)
+		return
+	}
 	a.Class = m.joinArrived(a)
 	m.route(a)
 }
@@ -287,6 +291,10 @@ func (m *Machine) refuseNew(a Arrived, no Refuse) {
 	m.emit(no)
 	m.emit(Free{a.Req})
 }
+
+// notYet keeps a transaction that is carried through as it is from going before what
+// the outbox has for its destination: the homeserver sends it again.
+var notYet = Refuse{Status: 503, Code: matrix.MUnknown, Text: "fsbus: what it has taken over for this server goes first"}
 
 var tooMany = Refuse{Status: 503, Code: matrix.MUnknown, Text: "fsbus: too many requests are waiting"}
 
@@ -658,6 +666,14 @@ func (m *Machine) done(c *call, ev Done) {
 	case c.phase == phaseAnswered:
 		m.joinDone(c, ev)
 		m.doneAnswered(c, ev)
+	case m.ownFault(c, ev):
+		// An error would be taken for the remote's, so it is tried again.
+		h.pausedUntil = max(h.pausedUntil, m.now.Add(pause))
+		c.again, c.cancelled = false, false
+		m.emit(Discard{op})
+		c.phase = phaseWaiting
+		h.queue[c.class].PushFront(c)
+		h.waiting[c.class]++
 	case (c.again || retry) && m.canWait(c, m.now):
 		h.suspect = retry && !h.reachable
 		c.again, c.cancelled = false, false
@@ -678,6 +694,12 @@ func (m *Machine) done(c *call, ev Done) {
 	m.touch(h)
 	m.ready(h)
 	m.forgetStranger(h)
+}
+
+// ownFault reports whether an attempt failed for want of something here, and may be
+// made again while somebody waits.
+func (m *Machine) ownFault(c *call, ev Done) bool {
+	return ev.Failure == matrix.FailLocal && c.phase != phaseAnswered && (c.endpoint.Repeat || !ev.Sent) && m.canWait(c, m.now.Add(pause))
 }
 
 // doneAnswered handles the end of an answer whose headers were there before.

@@ -205,8 +205,8 @@ func (m *Machine) checkOutbox() error {
 			sweeps++
 		}
 	}
-	if busy != len(o.settles)+len(o.trims)-sweeps || sweeps > 1 {
-		return fmt.Errorf("%d queues are busy, the store settles %d and trims %d, sweeps %d", busy, len(o.settles), len(o.trims), sweeps)
+	if busy != len(o.settles)+o.unsettled+len(o.trims)-sweeps || sweeps > 1 {
+		return fmt.Errorf("%d queues are busy, the store settles %d, is to settle %d and trims %d, sweeps %d", busy, len(o.settles), o.unsettled, len(o.trims), sweeps)
 	}
 	if probes != o.probes.Used || probes > o.probes.Limit && probes > o.probes.Max {
 		return fmt.Errorf("%d queues have a call for a probe, the gauge says %d of %d", probes, o.probes.Used, o.probes.Limit)

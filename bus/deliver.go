@@ -50,6 +50,8 @@ func (m *Machine) packed(ev Packed) {
 		m.leave(q)
 		if !ev.OK {
 			m.stats.CommitsFailed++
+		}
+		if !ev.OK || q.Total() > 0 { // or the store has miscounted
 			q.notBefore, q.waits = m.now.Add(storePause), waitsStore
 		} else {
 			q.due, q.left = 0, false
@@ -117,9 +119,25 @@ func (m *Machine) delivered(c *call, ev Done, suspect bool) {
 // settle has the store note what became of a transaction.
 func (m *Machine) settle(q *queue, id string, outcome Outcome, reason string) {
 	q.busy = true
+	m.note(&settling{q, id, outcome, reason})
+}
+
+func (m *Machine) note(s *settling) {
 	m.nextBatch++
-	m.outbox.settles[m.nextBatch] = settling{q, outcome}
-	m.emit(Settle{Batch: m.nextBatch, Dest: q.name, TxnID: id, Outcome: outcome, Reason: reason})
+	m.outbox.settles[m.nextBatch] = s
+	m.emit(Settle{Batch: m.nextBatch, Dest: s.queue.name, TxnID: s.id, Outcome: s.outcome, Reason: s.reason})
+}
+
+// noteAgain tries to note what could not be noted before, unless the bus stops: after
+// the start the transaction is then sent again, with the same id.
+func (m *Machine) noteAgain(s *settling) {
+	m.outbox.unsettled--
+	if !m.draining {
+		m.note(s)
+		return
+	}
+	s.queue.busy = false
+	m.plan(s.queue)
 }
 
 func (m *Machine) settled(ev Settled) {
@@ -130,14 +148,15 @@ func (m *Machine) settled(ev Settled) {
 	}
 	delete(o.settles, ev.Batch)
 	q := s.queue
-	q.busy = false
 	if !ev.OK {
-		// It will be packed again, with the same id, and refused or taken again.
+		// The destination has it, or will never have it: nothing is gained by sending
+		// it again meanwhile.
 		m.stats.CommitsFailed++
-		q.notBefore, q.waits = max(q.notBefore, m.now.Add(storePause)), waitsStore
-		m.plan(q)
+		o.unsettled++
+		m.timers.Set(m.now.Add(storePause), timer{outcome: s})
 		return
 	}
+	q.busy = false
 	q.Backlog = ev.Backlog
 	o.stats.SetAside += int64(ev.SetAside)
 	switch s.outcome {

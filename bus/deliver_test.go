@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"fsbus/bus/matrix"
+	"fsbus/sched"
 )
 
 // What may have arrived under one id must not be sent under another, even if
@@ -181,7 +182,8 @@ func TestBackOffIsLiftedOnlyByWhatItIsFor(t *testing.T) {
 		if lifted := begun == 2; lifted != tt.lifts {
 			t.Errorf("%s: tried again as soon as a lookup is answered: %t, want %t", tt.what, lifted, tt.lifts)
 		}
-		if again := len(of[Pack](r.all)); !tt.lifts && (r.passTo(time.Hour) == time.Hour || len(of[Pack](r.all)) == again) {
+		tries := func() int { return len(of[Pack](r.all)) + len(of[Settle](r.all)) }
+		if again := tries(); !tt.lifts && (r.passTo(time.Hour) == time.Hour || tries() == again) {
 			t.Errorf("%s: never tried again", tt.what)
 		}
 	}
@@ -487,11 +489,65 @@ func TestStoreThatFails(t *testing.T) {
 	r.ends(s, 200)
 	lost := only[Settle](r, "want one Settle")
 	r.step(Settled{Batch: lost.Batch})
-	r.one("so is the outcome, by sending it again", r.passTo(time.Minute) == storePause)
+	r.take("h.test", kPDU)
+	for range 3 {
+		r.one("so is the outcome, and nothing is sent meanwhile", r.passTo(time.Minute) == storePause)
+		again := only[Settle](r, "want one Settle")
+		if again.TxnID != lost.TxnID || again.Outcome != Delivered {
+			t.Errorf("again with the id %s, was %s", again.TxnID, lost.TxnID)
+		}
+		r.step(Settled{Batch: again.Batch})
+	}
+	r.passTo(time.Minute)
+	r.settles()
+	r.one("then what came meanwhile is sent", len(of[Pack](r.last)) == 1)
+	if r.m.outbox.stats.Retried != 0 || r.m.stats.CommitsFailed != 5 {
+		t.Errorf("retried %d, failed %d", r.m.outbox.stats.Retried, r.m.stats.CommitsFailed)
+	}
+}
+
+// A bus that stops waits for no store: whether the transaction has arrived is found
+// out after the start, by its id.
+func TestStoreThatFailsAtTheEnd(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("h.test", kPDU)
 	r.ends(r.packs(), 200)
-	again := r.settles()
-	if again.TxnID != lost.TxnID || r.m.outbox.stats.Retried != 1 || r.m.stats.CommitsFailed != 2 {
-		t.Errorf("again with the id %s, was %s; retried %d, failed %d", again.TxnID, lost.TxnID, r.m.outbox.stats.Retried, r.m.stats.CommitsFailed)
+	r.step(Settled{Batch: only[Settle](r, "want one Settle").Batch})
+	r.step(Draining{By: r.now.Add(time.Second)})
+	r.commits()
+	r.pass(time.Second)
+	r.one("it is over", len(of[Drained](r.all)) == 1)
+	r.pass(storePause)
+	r.one("nothing more is written", len(of[Settle](r.all)) == 1)
+}
+
+// A store whose counts are wrong has something pending and nothing to send.
+func TestStoreThatMiscounts(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("h.test", kPDU)
+	for range 3 {
+		r.step(Packed{Batch: only[Pack](r, "want one Pack").Batch, OK: true, Backlog: *r.backlog("h.test")})
+		r.one("it is asked again after a pause", len(of[Pack](r.last)) == 0 && r.passTo(time.Minute) == storePause)
+	}
+}
+
+// A clock that stood right when a server failed, and is behind after a start, makes
+// no day of the seconds for which it was to be left alone.
+func TestBackOffOutlivesAClockThatGoesBack(t *testing.T) {
+	failed := sched.FromWall(1_800_000_000_000)
+	for _, now := range []sched.Time{sched.FromWall(60_000), failed.Add(-30 * time.Minute), failed.Add(time.Second)} {
+		r := newOutboxRig(t, nil)
+		r.now = now
+		b := Backlog{Oldest: now}
+		b.Items[kPDU] = 1
+		r.pending["h.test"] = &b
+		r.step(Restored{
+			Hosts:  []HostRecord{{Name: "h.test", Failures: 1, LastFailure: matrix.FailRefused, FirstFailure: failed, LastTry: failed, NextTry: failed.Add(time.Minute)}},
+			Queues: []QueueRecord{{Name: "h.test", Backlog: b}},
+		})
+		if d := r.passTo(time.Hour); d < 50*time.Second || d > 70*time.Second {
+			t.Errorf("at %s it is tried after %s", now.Std(), d)
+		}
 	}
 }
 

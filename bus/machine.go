@@ -65,6 +65,7 @@ type timer struct {
 	ahead   bool        // the next server may be connected to
 	answers bool        // those that are to be stored are
 	sweep   bool        // what has expired is looked for
+	outcome *settling   // the store is asked again to note it
 }
 
 // commit is a batch that is being written: for an attempt that may start once
@@ -274,6 +275,8 @@ func (m *Machine) due() {
 		case t.queue != nil:
 			t.queue.timer = nil
 			m.plan(t.queue)
+		case t.outcome != nil:
+			m.noteAgain(t.outcome)
 		case t.sweep:
 			m.outbox.sweep = nil
 			if !m.draining {
@@ -340,6 +343,8 @@ func (m *Machine) restored(records []HostRecord) {
 		}
 		h := m.newHost(r.Name)
 		h.HostRecord = r
+		// If the clock has gone back since, what is left of the back-off goes on.
+		h.NextTry = h.NextTry.Add(-max(0, r.LastTry.Sub(m.now)))
 		h.NextTry = min(h.NextTry, m.now.Add(maxBackoff))
 		h.LastTry = min(h.LastTry, m.now)
 		h.LastSuccess = min(h.LastSuccess, m.now)

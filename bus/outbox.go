@@ -26,8 +26,10 @@ type outbox struct {
 	lines          [matrix.NumClasses + 1]sched.FIFO[*queue]
 
 	packs   map[BatchID]*call
-	settles map[BatchID]settling
+	settles map[BatchID]*settling
 	trims   map[BatchID]*queue // nil: the sweep of all
+
+	unsettled int // outcomes that the store could not note, and is asked to again
 
 	txnPrefix string
 	txns      uint64
@@ -49,7 +51,9 @@ type offer struct {
 // settling is what the store was asked to note of a transaction.
 type settling struct {
 	queue   *queue
+	id      string
 	outcome Outcome
+	reason  string
 }
 
 // queue is what is known of a destination that has something pending.
@@ -93,7 +97,7 @@ func (o *outbox) init(rng uint64) {
 	o.queues = make(map[matrix.ServerName]*queue)
 	o.offers = make(map[ReqID]*offer)
 	o.packs = make(map[BatchID]*call)
-	o.settles = make(map[BatchID]settling)
+	o.settles = make(map[BatchID]*settling)
 	o.trims = make(map[BatchID]*queue)
 	// Ids must differ from the homeserver's, which are numbers, and from those
 	// of the time before the last start, whatever the clock says.

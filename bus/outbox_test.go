@@ -214,7 +214,7 @@ func (r *outboxRig) passTo(d time.Duration) time.Duration {
 		}
 		r.now = max(r.now, at)
 		r.step(Tick{})
-		if len(of[Pack](r.last))+len(of[Commit](r.last)) > 0 {
+		if len(of[Pack](r.last))+len(of[Settle](r.last))+len(of[Commit](r.last)) > 0 {
 			return r.now.Sub(start)
 		}
 		for _, e := range of[Expire](r.last) {

@@ -18,6 +18,7 @@ const smallQuery = 20
 // gone, and freed.
 type held struct {
 	in    *netx.Inbound
+	txn   string // its name for the store, if it is offered
 	ended bool
 	freed bool
 }

@@ -116,6 +116,7 @@ type event struct {
 	bus.Event
 	then   bus.Event
 	in     *netx.Inbound
+	txn    string // of a bus.Offered, its name for the store
 	packed *packed
 	loaded *attempt
 
@@ -180,7 +181,7 @@ func (m *machine) outbound(now sched.Time, ev event, out []effect) []effect {
 	case bus.Arrived:
 		m.n.requests[e.Req] = &held{in: ev.in}
 	case bus.Offered:
-		m.n.requests[e.Req] = &held{in: ev.in}
+		m.n.requests[e.Req] = &held{in: ev.in, txn: ev.txn}
 	case bus.KeyQuery:
 		m.n.requests[e.Req] = &held{in: ev.in}
 	case bus.Loaded:

@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -67,7 +68,13 @@ func (r *running) until(what string, ok func() bool) {
 // taken sends a transaction and wants it to be taken over.
 func (r *running) taken(dest matrix.ServerName, txn string, pdus, edus []json.RawMessage) {
 	r.t.Helper()
-	got := r.Do(r.t.Context(), fedload.Send(us.Name, dest, txn, time.Now(), pdus, edus))
+	r.takenAt(time.Now(), dest, txn, pdus, edus)
+}
+
+// takenAt is taken for a transaction that the homeserver began at a time.
+func (r *running) takenAt(at time.Time, dest matrix.ServerName, txn string, pdus, edus []json.RawMessage) {
+	r.t.Helper()
+	got := r.Do(r.t.Context(), fedload.Send(us.Name, dest, txn, at, pdus, edus))
 	if got.Err != nil || got.Status != 200 || string(got.Body) != `{"pdus":{}}` {
 		r.t.Fatalf("transaction %s to %s: %d %s, %v", txn, dest, got.Status, got.Body, got.Err)
 	}
@@ -82,10 +89,11 @@ func TestTransactionsAreTakenOverAndDelivered(t *testing.T) {
 	r := startWith(t, w, withOutbox(t, quick))
 	event := message(1)
 	for i, dest := range w.Names() {
-		r.taken(dest, fmt.Sprint("t", i), []json.RawMessage{event}, []json.RawMessage{
+		at := time.Now()
+		r.takenAt(at, dest, fmt.Sprint("t", i), []json.RawMessage{event}, []json.RawMessage{
 			us.Typing("alice", "!r:us.test", true), us.Presence("alice", "online", "x"), us.Receipt("alice", "!r:us.test", "$a", time.Now()), us.ToDevice("alice", "@bob:x", "m1"),
 		})
-		r.taken(dest, fmt.Sprint("t", i), []json.RawMessage{event}, nil) // again, as after an answer that was lost
+		r.takenAt(at, dest, fmt.Sprint("t", i), []json.RawMessage{event}, nil) // again, as after an answer that was lost
 	}
 	r.until("all to be delivered", func() bool { return r.report().Outbox.Destinations == 0 })
 	st := w.Stats()
@@ -97,6 +105,53 @@ func TestTransactionsAreTakenOverAndDelivered(t *testing.T) {
 	}
 	if o := r.report().Outbox; o.Accepted != 3 || o.Repeated != 3 || o.Sent != 3 || o.Retried != 0 {
 		t.Errorf("outbox: %+v", o)
+	}
+}
+
+// A homeserver numbers its transactions from the time of its start on. After a clock
+// has gone back it comes by the same numbers again, with other content.
+func TestATransactionWithAnIdOfBeforeIsAnother(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1})
+	r := newRunning(t, w, withOutbox(t, unpaced))
+	dest := w.Names()[0]
+	at := time.Now()
+	r.start(hooks{})
+	r.takenAt(at, dest, "25123", []json.RawMessage{message(0)}, nil)
+	r.stop()
+	r.start(hooks{})
+	r.takenAt(at.Add(-time.Hour), dest, "25123", []json.RawMessage{message(1)}, []json.RawMessage{us.ToDevice("alice", "@bob:x", "m1")})
+	r.until("both to be delivered", func() bool { return w.Stats().Transactions.PDUs == 2 && r.report().Outbox.Destinations == 0 })
+	if n := r.report().Outbox.Repeated; n != 0 {
+		t.Errorf("%d were taken for repeated", n)
+	}
+}
+
+// While the outbox stands still transactions are carried through, but not past what
+// it has.
+func TestNothingIsCarriedPastWhatWaits(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 2, Shares: sim.Shares{sim.Dead: 0.5}})
+	dead, well := w.NamesOf(sim.Dead)[0], w.NamesOf(sim.Well)[0]
+	dir := t.TempDir()
+	r := startWith(t, w, config{outbox: unpaced, key: keyFile(t, dir, 7)})
+	r.taken(dead, "t0", []json.RawMessage{message(0)}, nil)
+	r.until("the server to be found dead", func() bool { return r.report().Hosts.BackingOff == 1 })
+	keyFile(t, dir, 8)
+	r.hup <- syscall.SIGHUP
+	r.await("READY=1")
+	if err := w.SetKind(slices.Index(w.Names(), dead), sim.Well); err != nil {
+		t.Fatal(err)
+	}
+	send := func(dest matrix.ServerName, n int) int {
+		return r.Do(t.Context(), fedload.Send(us.Name, dest, fmt.Sprint("t", n), time.Now(), []json.RawMessage{message(n)}, nil)).Status
+	}
+	if s := send(well, 1); s != 200 {
+		t.Errorf("to a server for which nothing waits: %d", s)
+	}
+	if s := send(dead, 2); s != 503 {
+		t.Errorf("to the one for which something does: %d", s)
+	}
+	if st := w.Stats().Transactions; st.PDUs != 1 {
+		t.Errorf("%+v", st)
 	}
 }
 

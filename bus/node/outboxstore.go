@@ -3,7 +3,6 @@ package node
 import (
 	"errors"
 	"log/slog"
-	"strings"
 	"time"
 
 	"fsbus/bus"
@@ -59,9 +58,9 @@ func (n *Node) noteCommit(op store.OutboxOp, err error) {
 }
 
 func (n *Node) accept(e bus.Accept) {
-	in := n.requests[e.Req].in
+	in, txn := n.requests[e.Req].in, n.requests[e.Req].txn
 	op := &store.Accept{
-		Destination: in.Destination, TxnID: strings.TrimPrefix(in.Target, sendPrefix), Accepted: n.clock.Now().Wall(), Bytes: in.Size,
+		Destination: in.Destination, TxnID: txn, Accepted: n.clock.Now().Wall(), Bytes: in.Size,
 		Load: func(dst []matrix.Item) ([]matrix.Item, error) {
 			body, done, err := n.takeover.bulk.whole(in.Body, in.Size)
 			defer done()

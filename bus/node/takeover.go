@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -50,28 +51,40 @@ func newTakeover(cfg *Config, b *bulk) *takeover {
 // errNotTaken: the transaction goes to its destination as it is.
 var errNotTaken = errors.New("not taken over")
 
+// maxTxnID is the longest id of a transaction that is taken over, in bytes.
+const maxTxnID = store.MaxTxnID - 1 - 20
+
+// nameTxn returns by what a transaction is known again when it is repeated. Its id
+// alone does not do: Synapse begins to count at the time of its start, and a clock
+// that has gone back makes it come by the same numbers with other content. The
+// transaction's own time is the same each time that it is sent
+// (synapse/federation/sender/transaction_manager.py).
+func nameTxn(id string, t *matrix.Transaction) string {
+	return id + "@" + strconv.FormatInt(t.OriginServerTS, 10)
+}
+
 // take looks at a transaction. If the outbox takes it, it returns what the core
-// has to know. An error that does not wrap errNotTaken says why nothing can be
-// taken over any more.
-func (t *takeover) take(in *netx.Inbound) (ev bus.Offered, err error) {
+// has to know, and the name for the store. An error that does not wrap errNotTaken
+// says why nothing can be taken over any more.
+func (t *takeover) take(in *netx.Inbound) (ev bus.Offered, name string, err error) {
 	id, ok := strings.CutPrefix(in.Target, sendPrefix)
-	if !ok || id == "" || len(id) > store.MaxTxnID || strings.ContainsAny(id, "/?") || in.Body == nil {
-		return ev, fmt.Errorf("%w: an unusual target, or no body", errNotTaken)
+	if !ok || id == "" || len(id) > maxTxnID || strings.ContainsAny(id, "/?") || in.Body == nil {
+		return ev, "", fmt.Errorf("%w: an unusual target, or no body", errNotTaken)
 	}
 	body, done, err := t.bulk.whole(in.Body, in.Size)
 	defer done()
 	if err != nil {
-		return ev, fmt.Errorf("%w: %w", errNotTaken, err)
+		return ev, "", fmt.Errorf("%w: %w", errNotTaken, err)
 	}
 	if err := t.verify(in, body); err != nil {
-		return ev, err
+		return ev, "", err
 	}
 	txn, err := matrix.ParseTransaction(body)
 	if err != nil {
-		return ev, fmt.Errorf("%w: %w", errNotTaken, err)
+		return ev, "", fmt.Errorf("%w: %w", errNotTaken, err)
 	}
 	if txn.Origin != t.origin {
-		return ev, fmt.Errorf("%w: it is of %s", errNotTaken, txn.Origin)
+		return ev, "", fmt.Errorf("%w: it is of %s", errNotTaken, txn.Origin)
 	}
 	if t.sent != nil {
 		t.sent(txn.PDUs)
@@ -87,7 +100,7 @@ func (t *takeover) take(in *netx.Inbound) (ev bus.Offered, err error) {
 		}
 		return len(ev.Pace.Rooms) < matrix.MaxEDUs
 	})
-	return ev, nil
+	return ev, nameTxn(id, &txn), nil
 }
 
 // verify checks the homeserver's signature: of the first transaction, of one with
@@ -155,10 +168,10 @@ func (n *Node) offer(in *netx.Inbound) bool {
 	if t == nil || t.reason() != "" {
 		return false
 	}
-	ev, err := t.take(in)
+	ev, name, err := t.take(in)
 	switch {
 	case err == nil:
-		n.loop.Post(event{in: in, Event: ev})
+		n.loop.Post(event{in: in, txn: name, Event: ev})
 		return true
 	case errors.Is(err, errNotTaken):
 		n.notable.write(slog.LevelWarn, "a transaction is carried through as it is", slog.String("destination", string(in.Destination)), slog.Any("why", err))
