@@ -181,10 +181,7 @@ func (k *KeysReport) counts() []CountReport {
 }
 
 func (e exposition) joins(j *JoinsReport, k *KeysReport) {
-	e.family("fsbus_keys_total", "counter", "What was done for queries for server keys.")
-	for _, c := range k.counts() {
-		e.sample("fsbus_keys_total", float64(c.Count), "what", c.Name)
-	}
+	e.counts("fsbus_keys_total", "What was done for queries for server keys.", "what", k.counts())
 	e.one("fsbus_keys_wanted", "gauge", "Server keys that are being looked for.", float64(k.Wanted))
 	e.one("fsbus_keys_stored", "gauge", "Servers whose keys are stored.", float64(k.Stored))
 	phases := []bus.JoinPhase{bus.JoinAsking, bus.JoinSending, bus.JoinSyncing}
@@ -198,7 +195,7 @@ func (e exposition) joins(j *JoinsReport, k *KeysReport) {
 		}
 		e.sample("fsbus_joins", float64(count), "phase", p.String())
 	}
-	e.one("fsbus_held_answers_total", "counter", "Answers that were held until all of them was sure to come.", float64(j.Held))
+	e.one("fsbus_join_answers_held_total", "counter", "Answers to joins that were held until all of them was sure to come.", float64(j.Held))
 	e.one("fsbus_scanned_bytes_total", "counter", "Bytes of rooms' answers that were looked through.", float64(j.ScannedBytes))
 	e.one("fsbus_connected_ahead_total", "counter", "Servers that were connected to before anything was sent.", float64(j.Connected))
 }

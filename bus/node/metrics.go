@@ -39,6 +39,14 @@ func (e exposition) one(name, kind, help string, v float64) {
 	e.sample(name, v)
 }
 
+// counts writes a family of counters that differ in one label.
+func (e exposition) counts(name, help, label string, list []CountReport) {
+	e.family(name, "counter", help)
+	for _, c := range list {
+		e.sample(name, float64(c.Count), label, c.Name)
+	}
+}
+
 func writeMetrics(w io.Writer, r *Report) error {
 	e := exposition{bufio.NewWriter(w)}
 	e.family("fsbus_build_info", "gauge", "The running version; the value is always 1.")
@@ -75,14 +83,8 @@ func writeMetrics(w io.Writer, r *Report) error {
 	for _, q := range r.Queues {
 		e.sample("fsbus_oldest_wait_seconds", q.OldestSeconds, "class", q.Class)
 	}
-	e.family("fsbus_endpoint_requests_total", "counter", "Requests of the homeserver by endpoint.")
-	for _, c := range r.Endpoints {
-		e.sample("fsbus_endpoint_requests_total", float64(c.Count), "endpoint", c.Name)
-	}
-	e.family("fsbus_outcomes_total", "counter", "What became of the homeserver's requests.")
-	for _, c := range r.Requests.counts() {
-		e.sample("fsbus_outcomes_total", float64(c.Count), "outcome", c.Name)
-	}
+	e.counts("fsbus_endpoint_requests_total", "Requests of the homeserver by endpoint.", "endpoint", r.Endpoints)
+	e.counts("fsbus_outcomes_total", "What became of the homeserver's requests.", "outcome", r.Requests.counts())
 
 	e.one("fsbus_attempts_total", "counter", "Requests sent to remotes.", float64(r.Remotes.Attempts))
 	e.one("fsbus_connects_total", "counter", "New connections to remotes.", float64(r.Remotes.Connects))
@@ -90,14 +92,8 @@ func writeMetrics(w io.Writer, r *Report) error {
 	e.one("fsbus_handshakes_resumed_total", "counter", "TLS handshakes that resumed a session.", float64(r.Remotes.Resumed))
 	e.one("fsbus_rate_limited_total", "counter", "Answers with status 429.", float64(r.Remotes.Limited))
 	e.one("fsbus_received_bytes_total", "counter", "Bytes of answers' bodies.", float64(r.Remotes.BytesIn))
-	e.family("fsbus_answers_total", "counter", "Answers of remotes by status.")
-	for _, c := range r.Remotes.Statuses {
-		e.sample("fsbus_answers_total", float64(c.Count), "status", c.Name)
-	}
-	e.family("fsbus_attempt_ends_total", "counter", "How attempts ended.")
-	for _, c := range r.Remotes.Failures {
-		e.sample("fsbus_attempt_ends_total", float64(c.Count), "end", c.Name)
-	}
+	e.counts("fsbus_remote_answers_total", "Answers of remotes by status.", "status", r.Remotes.Statuses)
+	e.counts("fsbus_attempt_ends_total", "How attempts ended.", "end", r.Remotes.Failures)
 
 	e.family("fsbus_hosts", "gauge", "Known destinations by rank.")
 	for _, k := range r.Hosts.Ranks {
@@ -118,6 +114,12 @@ func writeMetrics(w io.Writer, r *Report) error {
 	for _, c := range r.Caches {
 		if c.Hits >= 0 {
 			e.sample("fsbus_cache_hits_total", float64(c.Hits), "cache", c.Name)
+		}
+	}
+	e.family("fsbus_cache_misses_total", "counter", "Look-ups that went further than a cache.")
+	for _, c := range r.Caches {
+		if c.Misses >= 0 {
+			e.sample("fsbus_cache_misses_total", float64(c.Misses), "cache", c.Name)
 		}
 	}
 	e.joins(&r.Joins, &r.Keys)

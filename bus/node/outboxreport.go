@@ -195,29 +195,20 @@ func (e exposition) outbox(o *OutboxReport) {
 			e.sample(f.name, float64(c.Count), "kind", c.Name)
 		}
 	}
-	e.family("fsbus_outbox_items_total", "counter", "What became of items otherwise.")
-	for _, c := range o.fates() {
-		e.sample("fsbus_outbox_items_total", float64(c.Count), "fate", c.Name)
-	}
-	e.family("fsbus_outbox_transactions_total", "counter", "Transactions of the homeserver, and those sent to remotes.")
-	for _, c := range o.totals() {
-		e.sample("fsbus_outbox_transactions_total", float64(c.Count), "what", c.Name)
-	}
+	e.counts("fsbus_outbox_items_total", "What became of items otherwise.", "fate", o.fates())
+	e.counts("fsbus_outbox_transactions_total", "Transactions of the homeserver, and those sent to remotes.", "what", o.totals())
 	e.one("fsbus_outbox_aside_items", "gauge", "Items that are set aside.", float64(o.SetAsideNow))
 	a := &o.Answers
-	e.family("fsbus_answers_held", "gauge", "Answers to transactions that are held, by lane.")
+	e.family("fsbus_acks_held", "gauge", "Acknowledgements of transactions that are held, by lane.")
 	for _, l := range a.Lanes {
-		e.sample("fsbus_answers_held", float64(l.Held), "lane", l.Lane)
+		e.sample("fsbus_acks_held", float64(l.Held), "lane", l.Lane)
 	}
-	e.family("fsbus_answers_per_second", "gauge", "The pace at which held answers are given, by lane.")
+	e.family("fsbus_acks_per_second", "gauge", "The pace at which held acknowledgements are given, by lane.")
 	for _, l := range a.Lanes {
-		e.sample("fsbus_answers_per_second", l.Rate, "lane", l.Lane)
+		e.sample("fsbus_acks_per_second", l.Rate, "lane", l.Lane)
 	}
-	e.one("fsbus_answers_oldest_seconds", "gauge", "How long the oldest answer has been held.", a.Oldest)
-	e.family("fsbus_answers_given_total", "counter", "Answers given, by why they were given when they were.")
-	for _, c := range a.Given {
-		e.sample("fsbus_answers_given_total", float64(c.Count), "why", c.Name)
-	}
+	e.one("fsbus_acks_oldest_seconds", "gauge", "How long the oldest acknowledgement has been held.", a.Oldest)
+	e.counts("fsbus_acks_given_total", "Acknowledgements given, by why they were given when they were.", "why", a.Given)
 	e.one("fsbus_host_pressure_ratio", "gauge", "For what part of the last ten seconds some task waited for a processor.", a.Pressure/100)
 	e.one("fsbus_homeserver_delay_seconds", "gauge", "How long the homeserver takes to get to the next thing, estimated.", a.Delay)
 }

@@ -202,7 +202,7 @@ func (n *Node) Report(ctx context.Context) (*Report, error) {
 		r.Edge = n.edge.report(&inbound, server)
 		r.Budgets = append(r.Budgets, n.edge.budgets(cfg, &inbound, server)...)
 		r.Budgets = append(r.Budgets, BudgetUse{"answered transactions remembered", "count", db.Inbound.Rows, -1, int64(cfg.Edge.RecordEntries)},
-			BudgetUse{"bytes of them", "bytes", db.Inbound.Bytes, -1, int64(cfg.Edge.RecordDisk)})
+			BudgetUse{"record of answered transactions", "bytes", db.Inbound.Bytes, -1, int64(cfg.Edge.RecordDisk)})
 	}
 	for c := matrix.Class(1); c <= matrix.NumClasses; c++ {
 		q := QueueReport{Class: c.String(), Requests: st.Requests[c], Waiting: snap.Waiting[c], Running: snap.Running[c], OldestSeconds: seconds(snap.Oldest[c]), MaxWait: seconds(st.Waits[c].Max)}
@@ -253,7 +253,7 @@ func (n *Node) budgets(cfg *Config, snap *bus.Snapshot, outbox *bus.OutboxSnapsh
 			BudgetUse{"destinations with something pending", "count", int64(outbox.Queues), -1, int64(o.MaxDestinations)},
 			BudgetUse{"pending items", "count", db.Outbox.Items, -1, int64(o.MaxItems)},
 			BudgetUse{"database", "bytes", db.FileBytes, -1, int64(o.MaxDisk)},
-			BudgetUse{"answers held", "count", int64(outbox.Pace.Held), -1, int64(outbox.Pace.MaxHeld)},
+			BudgetUse{"acknowledgements held", "count", int64(outbox.Pace.Held), -1, int64(outbox.Pace.MaxHeld)},
 			BudgetUse{"rooms and servers known", "bytes", int64(outbox.Pace.Bytes), -1, int64(outbox.Pace.MaxBytes)},
 		)
 	}
