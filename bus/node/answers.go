@@ -58,7 +58,7 @@ func (n *Node) judgeKeys(a *attempt, done *bus.Done) {
 	if !ok || int64(len(body)) > matrix.MaxServerKeys {
 		return
 	}
-	now := n.clock.Now().Wall()
+	now := n.wall()
 	keys, err := n.keysToStore(a.in.Destination, bytes.Clone(body), now)
 	if err != nil {
 		n.keyCounts.refused.Add(1)

@@ -121,7 +121,7 @@ func (n *Node) fetchKeys(e *errand) (keys []store.ServerKeys, done bus.Done, err
 	if resp.StatusCode != http.StatusOK {
 		return nil, done, nil
 	}
-	now := n.clock.Now().Wall()
+	now := n.wall()
 	body := &countingReader{r: io.LimitReader(resp.Body, maxKeyAnswer)}
 	if e.send.Notary == nil {
 		keys, err = n.originKeys(e.send.Dest, resp, body, now)

@@ -61,7 +61,7 @@ func (n *Node) queryKeys(in *netx.Inbound, a bus.Arrived, own bool) bool {
 	if err != nil {
 		return false
 	}
-	wants, err := matrix.ParseKeyQuery(body, n.clock.Now().Wall(), maxQueryWants)
+	wants, err := matrix.ParseKeyQuery(body, n.wall(), maxQueryWants)
 	if err != nil {
 		return false
 	}
@@ -82,7 +82,7 @@ func (n *Node) forNotary(in *netx.Inbound, a bus.Arrived) {
 		}
 		n.replyNow(in, http.StatusBadRequest, matrix.ErrorJSON(matrix.MBadJSON, "fsbus: this is no query for server keys, or too large a one"))
 	case "server_keys":
-		until := n.clock.Now().Add(ownKeyValid).Wall()
+		until := n.wall() + ownKeyValid.Milliseconds()
 		body, err := matrix.ServerKeys(string(n.notary.name), until, []matrix.SigningKey{n.notary.key}, nil)
 		if err != nil {
 			panic(fmt.Sprintf("node: own key object: %v", err))
@@ -126,7 +126,7 @@ func (n *Node) unreadKeys(err error) {
 // missingKeys returns the wants that the store does not satisfy, and the requests
 // for keys whose answers do not have one that is in use.
 func (n *Node) missingKeys(via matrix.ServerName, wants []matrix.KeyWant) (missing []matrix.KeyWant, outdated []bus.Key, err error) {
-	now := n.clock.Now().Wall()
+	now := n.wall()
 	own := n.notary != nil && via == n.notary.name
 	known := make([]bool, len(wants))
 	err = n.store.LoadKeys(via, serversOf(wants), func(k store.ServerKeys) error {

@@ -129,7 +129,7 @@ func (k *keyring) stored(server matrix.ServerName, id string, now time.Time) (e 
 				return nil // as if it were not there
 			}
 			for _, o := range objects {
-				if p, ok := o.RequestKey(id, k.n.clock.Now().Wall(), row.Fetched); ok && row.Fetched > e.fetched {
+				if p, ok := o.RequestKey(id, k.n.wall(), row.Fetched); ok && row.Fetched > e.fetched {
 					e = ringEntry{public: p, fetched: row.Fetched, until: now.Add(ringFresh)}
 					if end := time.UnixMilli(o.ValidUntil); end.Before(e.until) {
 						e.until = end
