@@ -49,6 +49,7 @@ var (
 	refuseExpect  = &refusal{http.StatusExpectationFailed, matrix.MUnknown, "Expect is not supported"}
 	refuseSize    = &refusal{http.StatusRequestEntityTooLarge, matrix.MTooLarge, "The request body is too large"}
 	refuseTime    = &refusal{http.StatusRequestTimeout, matrix.MUnknown, "The request body took too long"}
+	refuseStall   = &refusal{http.StatusServiceUnavailable, matrix.MUnknown, refuseTime.message}
 	refuseChunks  = &refusal{http.StatusBadRequest, matrix.MUnknown, "The request body is malformed"}
 	refuseFull    = &refusal{http.StatusServiceUnavailable, matrix.MUnknown, "No room for the request body"}
 	refuseDisk    = &refusal{http.StatusInternalServerError, matrix.MUnknown, "The request body could not be stored"}
@@ -202,6 +203,11 @@ func (f *Front) readBody(in *Inbound, r *http.Request) error {
 	}
 	var err error
 	in.Body, in.Sum, err = f.receiver.receive(r.Body, limit, in.Received.Add(f.cfg.BodyTimeout))
+	if err == refuseTime {
+		// The homeserver is slow, or this machine: Synapse would take any 4xx to
+		// /send for the destination's, and call that down.
+		err = refuseStall
+	}
 	if in.Body != nil {
 		in.Size = in.Body.Size()
 	}

@@ -279,10 +279,23 @@ func (d *dialer) race(ctx context.Context, addrs []netip.AddrPort) (net.Conn, er
 // fail: the first, but not that there is no way to it if another address shows
 // that there is one, as on a host without IPv6.
 func worse(a, b error) error {
-	if a == nil || FailureOf(a) == matrix.FailUnreachable && FailureOf(b) != matrix.FailUnreachable {
+	if a == nil || weight(b) > weight(a) {
 		return b
 	}
 	return a
+}
+
+// weight orders what attempts end with by how far they show a way to lead.
+func weight(err error) int {
+	switch {
+	case FailureOf(err) != matrix.FailUnreachable:
+		return 3 // to the remote, or as far as anybody can tell
+	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.EHOSTDOWN):
+		return 2 // out of here
+	case ownNetwork(err):
+		return 1 // nowhere
+	}
+	return 0 // perhaps it is only this address, or this machine has no IPv6
 }
 
 // attempt makes one TCP connection.
@@ -322,7 +335,11 @@ func (d *dialer) handshake(ctx context.Context, raw net.Conn, tlsName string, al
 	conn := tls.Client(raw, config)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		_ = raw.Close()
-		return nil, err
+		now := time.Now
+		if config.Time != nil {
+			now = config.Time
+		}
+		return nil, blameClock(err, now(), knownPast())
 	}
 	d.counters.handshakes.Add(1)
 	if conn.ConnectionState().DidResume {

@@ -210,6 +210,74 @@ func TestRaceIsCancelled(t *testing.T) {
 	})
 }
 
+// TestWorse is about the errors of a name of which no address can be reached.
+func TestWorse(t *testing.T) {
+	no6 := connectError("2001:db8::1", syscall.ENETUNREACH)
+	off6 := connectError("2001:db8::1", syscall.EAFNOSUPPORT)
+	no4 := connectError("192.0.2.1", syscall.ENETUNREACH)
+	down := connectError("2001:db8::1", syscall.ENETDOWN)
+	host := connectError("192.0.2.1", syscall.EHOSTUNREACH)
+	denied := connectError("192.0.2.1", syscall.EPERM)
+	refused := connectError("192.0.2.1", syscall.ECONNREFUSED)
+	for _, tt := range []struct {
+		name string
+		errs []error // in the order in which they come
+		want error
+		own  bool // our own network is down
+	}{
+		{"a host without IPv6, and the remote refuses", []error{no6, refused}, refused, false},
+		{"a host without IPv6, and the remote is off", []error{no6, host}, host, false},
+		{"a host without IPv6, and no network", []error{no6, no4}, no4, true},
+		{"a kernel without IPv6, and no network", []error{off6, no4}, no4, true},
+		{"no network, the other way round", []error{no4, no6}, no4, true},
+		{"an interface that is down", []error{no6, down}, down, true},
+		{"a remote without IPv4, a host without IPv6", []error{no6, no6}, no6, false},
+		{"a firewall for one address", []error{denied, no6}, denied, false},
+		{"a way out for one address", []error{no4, host}, host, false},
+		{"the first of equals", []error{host, connectError("192.0.2.2", syscall.EHOSTUNREACH)}, host, false},
+		{"the first that says something", []error{refused, errno(syscall.ETIMEDOUT), no4, host}, refused, false},
+	} {
+		var got error
+		for _, err := range tt.errs {
+			got = worse(got, err)
+		}
+		if got != tt.want || ownNetwork(got) != tt.own {
+			t.Errorf("%s: %v, our own network: %v; want %v, %v", tt.name, got, ownNetwork(got), tt.want, tt.own)
+		}
+	}
+}
+
+// TestClockIsWrong: a machine that does not know the time yet blames no server
+// for its certificate, and tries no other target.
+func TestClockIsWrong(t *testing.T) {
+	served := counter{}
+	addr := tcp(t, func(c net.Conn) {
+		served.Add(1)
+		_ = tls.Server(c, serverTLS("a.test")).Handshake()
+	})
+	for _, tt := range []struct {
+		now  time.Time // the test authority's certificates are valid from 1970 on
+		want matrix.Failure
+	}{
+		{time.Date(1969, 12, 31, 22, 59, 59, 0, time.UTC), matrix.FailLocal},
+		{time.Date(1969, 12, 31, 23, 0, 1, 0, time.UTC), matrix.FailTLS},
+		{time.Now().Add(365 * 24 * time.Hour), matrix.FailTLS},
+	} {
+		served.Store(0)
+		c := newTestClient(t, map[string]string{"a.test:1": addr, "a.test:2": addr}, nil)
+		c.dialer.tls.Time = func() time.Time { return tt.now }
+		_, err := c.dialer.dial(testContext(t), &Route{TLSName: "a.test", Targets: []Target{{Host: "a.test", Port: 1}, {Host: "a.test", Port: 2}}}, alpnAny)
+		wantFailure(t, err, tt.want, OpTLS)
+		tried := int64(2)
+		if tt.want == matrix.FailLocal {
+			tried = 1
+		}
+		if n := served.Load(); n != tried || errors.Is(err, errClock) != (tt.want == matrix.FailLocal) {
+			t.Errorf("at %v: %v after %d handshakes", tt.now, err, n)
+		}
+	}
+}
+
 func TestInterleave(t *testing.T) {
 	for _, tt := range []struct{ in, want []string }{
 		{[]string{"::1", "::2", "::3", "1.1.1.1"}, []string{"::1", "1.1.1.1", "::2", "::3"}},

@@ -5,12 +5,16 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/textproto"
 	"os"
+	"runtime/debug"
 	"strings"
+	"sync"
 	"syscall"
+	"time"
 
 	"fsbus/bus/matrix"
 )
@@ -56,6 +60,7 @@ var (
 	errStalled   = errors.New("the answer stalled")
 	errUpgrade   = errors.New("answered with a change of protocol nobody asked for")
 	errOwnLimit  = errors.New("our own limit was not free in time")
+	errClock     = errors.New("this machine's clock seems to be wrong, so that no certificate can be checked")
 )
 
 // own are the failures of our own errors.
@@ -64,6 +69,7 @@ var own = []struct {
 	failure matrix.Failure
 }{
 	{errOwnLimit, matrix.FailLocal},
+	{errClock, matrix.FailLocal},
 	{errBlocked, matrix.FailBlocked},
 	{errNoAddress, matrix.FailNoName},
 	{errNoService, matrix.FailNoName},
@@ -192,4 +198,78 @@ func isTLS(err error) bool {
 	}
 	return errors.As(err, &record) || errors.As(err, &alert) || errors.As(err, &verification) ||
 		errors.As(err, &authority) || errors.As(err, &hostname) || errors.As(err, &invalid)
+}
+
+// ownNetwork reports whether err, of an attempt at a remote, says that our own
+// network is down, and so nothing about the remote: the name servers do not
+// answer, or there is no way out of here.
+//
+// A machine without IPv6 has no way to any such address and is well all the
+// same, so what it says of those does not count. Nor does that a single host
+// cannot be reached.
+func ownNetwork(err error) bool {
+	f, _ := classify(err)
+	switch f {
+	case matrix.FailDNS:
+		return true
+	case matrix.FailTimeout:
+		// While it waited for somebody else's equal question.
+		var e *Error
+		return errors.As(err, &e) && e.Op == OpResolve
+	case matrix.FailUnreachable:
+		return errors.Is(err, syscall.ENETDOWN) || errors.Is(err, syscall.ENETUNREACH) && !toIPv6(err)
+	}
+	return false
+}
+
+// toIPv6 reports whether err comes from a connect to an IPv6 address.
+func toIPv6(err error) bool {
+	var op *net.OpError
+	if !errors.As(err, &op) {
+		return false
+	}
+	to, ok := op.Addr.(*net.TCPAddr)
+	return ok && to.IP.To4() == nil
+}
+
+// clockSlack is how long before its time a certificate may be met without a
+// doubt about our clock.
+const clockSlack = time.Hour
+
+// blameClock returns err, or one that wraps it and errClock if it is our clock
+// that must be wrong: it is before past, a moment that has certainly been, and
+// the certificate is not valid yet. A board without a battery wakes up years ago
+// and finds that of every certificate until it has asked for the time.
+func blameClock(err error, now, past time.Time) error {
+	var invalid x509.CertificateInvalidError
+	if !errors.As(err, &invalid) || invalid.Reason != x509.Expired || invalid.Cert == nil ||
+		!now.Before(past) || !now.Add(clockSlack).Before(invalid.Cert.NotBefore) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", errClock, err)
+}
+
+// builtAfter is a moment before any build of this code.
+var builtAfter = time.Date(2026, time.January, 1, 0, 0, 0, 0, time.UTC)
+
+// knownPast is a moment that has certainly been: when this program's source was
+// committed, if the build says so, else builtAfter.
+var knownPast = sync.OnceValue(func() time.Time {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return builtAfter
+	}
+	return committed(info.Settings)
+})
+
+func committed(settings []debug.BuildSetting) time.Time {
+	for _, s := range settings {
+		if s.Key != "vcs.time" {
+			continue
+		}
+		if t, err := time.Parse(time.RFC3339, s.Value); err == nil {
+			return t
+		}
+	}
+	return builtAfter
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/textproto"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"testing"
@@ -140,6 +141,7 @@ func TestFailureOf(t *testing.T) {
 		{"stalled", wrap(errStalled), matrix.FailCut},
 		{"upgrade", errUpgrade, matrix.FailProtocol},
 		{"own limit", wrap(errOwnLimit), matrix.FailLocal},
+		{"own clock", blameClock(notYet(time.Unix(2e9, 0)), time.Unix(1e9, 0), time.Unix(2e9, 0)), matrix.FailLocal},
 	} {
 		if got := FailureOf(tt.err); got != tt.want {
 			t.Errorf("%s: %v, want %v: %v (%T)", tt.name, got, tt.want, tt.err, tt.err)
@@ -151,5 +153,78 @@ func TestErrorSaysWhere(t *testing.T) {
 	err := error(&Error{Failure: matrix.FailRefused, Op: OpConnect, Err: errno(syscall.ECONNREFUSED)})
 	if !errors.Is(err, syscall.ECONNREFUSED) || !strings.HasPrefix(err.Error(), "netx: connect: dial tcp") {
 		t.Errorf("%v", err)
+	}
+}
+
+// connectError is what a connect to addr ends with.
+func connectError(addr string, e syscall.Errno) error {
+	op := errno(e).(*net.OpError)
+	op.Addr = &net.TCPAddr{IP: net.ParseIP(addr), Port: 443}
+	return op
+}
+
+// notYet is how crypto/tls reports a certificate that is valid from t on.
+func notYet(t time.Time) error {
+	return &tls.CertificateVerificationError{Err: x509.CertificateInvalidError{Cert: &x509.Certificate{NotBefore: t}, Reason: x509.Expired}}
+}
+
+// TestBlameClock: only a clock that is certainly wrong excuses a certificate.
+func TestBlameClock(t *testing.T) {
+	past := time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
+	boot := time.Date(1970, 1, 1, 0, 0, 12, 0, time.UTC)
+	expired := &tls.CertificateVerificationError{Err: x509.CertificateInvalidError{
+		Cert: &x509.Certificate{NotBefore: boot.Add(-48 * time.Hour), NotAfter: boot.Add(-24 * time.Hour)}, Reason: x509.Expired}}
+	for _, tt := range []struct {
+		name string
+		err  error
+		now  time.Time
+		want bool
+	}{
+		{"a board wakes up in 1970", notYet(past.Add(-30 * 24 * time.Hour)), boot, true},
+		{"or where it was switched off", notYet(past.Add(-30 * 24 * time.Hour)), past.Add(-60 * 24 * time.Hour), true},
+		{"a certificate issued since", notYet(past.Add(30 * 24 * time.Hour)), past.Add(-1), true},
+		{"more than the slack", notYet(past), past.Add(-clockSlack - 1), true},
+		{"no more than the slack", notYet(past), past.Add(-clockSlack), false},
+		{"the clock may be right", notYet(past.Add(30 * 24 * time.Hour)), past, false},
+		{"the clock is right", notYet(past.Add(10 * 365 * 24 * time.Hour)), past.Add(365 * 24 * time.Hour), false},
+		{"expired before the clock's time", expired, boot, false},
+		{"another reason", &tls.CertificateVerificationError{Err: x509.CertificateInvalidError{
+			Cert: &x509.Certificate{NotBefore: past}, Reason: x509.NotAuthorizedToSign}}, boot, false},
+		{"no certificate in it", x509.CertificateInvalidError{Reason: x509.Expired}, boot, false},
+		{"another name", x509.HostnameError{Certificate: &x509.Certificate{NotBefore: past}}, boot, false},
+		{"no certificate at all", io.EOF, boot, false},
+	} {
+		err := blameClock(tt.err, tt.now, past)
+		if got := errors.Is(err, errClock); got != tt.want || !errors.Is(err, tt.err) {
+			t.Errorf("%s: our clock: %v, want %v: %v", tt.name, got, tt.want, err)
+		}
+		if want := FailureOf(tt.err); !tt.want && (err != tt.err || FailureOf(err) != want) {
+			t.Errorf("%s: %v became %v, %v", tt.name, tt.err, err, FailureOf(err))
+		}
+		if tt.want && (FailureOf(err) != matrix.FailLocal || !strings.Contains(err.Error(), "this machine's clock seems to be wrong")) {
+			t.Errorf("%s: %v: %v", tt.name, FailureOf(err), err)
+		}
+	}
+}
+
+func TestKnownPast(t *testing.T) {
+	commit := time.Date(2026, 7, 8, 9, 10, 11, 0, time.UTC)
+	for _, tt := range []struct {
+		settings []debug.BuildSetting
+		want     time.Time
+	}{
+		{nil, builtAfter},
+		{[]debug.BuildSetting{{Key: "vcs.revision", Value: "2027-01-01T00:00:00Z"}}, builtAfter},
+		{[]debug.BuildSetting{{Key: "vcs.time", Value: "yesterday"}}, builtAfter},
+		{[]debug.BuildSetting{{Key: "vcs", Value: "git"}, {Key: "vcs.time", Value: "2026-07-08T09:10:11Z"}}, commit},
+		{[]debug.BuildSetting{{Key: "vcs.time", Value: "2026-07-08T11:10:11+02:00"}}, commit},
+	} {
+		if got := committed(tt.settings); !got.Equal(tt.want) {
+			t.Errorf("%v: %v, want %v", tt.settings, got, tt.want)
+		}
+	}
+	// A constant in the future would doubt clocks that are right.
+	if now := time.Now(); !knownPast().Before(now) || !builtAfter.Before(now) {
+		t.Errorf("%v or %v is not past", knownPast(), builtAfter)
 	}
 }

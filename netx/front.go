@@ -113,9 +113,8 @@ type FrontConfig struct {
 // and while it is read:
 //
 //	413 M_TOO_LARGE      a chunked body is over MaxBody
-//	408 M_UNKNOWN        BodyTimeout is over
+//	503 M_UNKNOWN        BodyTimeout is over, or there was no room in the spool for so long
 //	400 M_UNKNOWN        the chunks are malformed
-//	503 M_UNKNOWN        no room in the spool for BodyTimeout
 //	500 M_UNKNOWN        the spool's disk fails
 //
 // A request that the client cuts off is dropped without an answer.

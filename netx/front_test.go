@@ -469,7 +469,7 @@ func TestFrontTimeouts(t *testing.T) {
 	}
 	slow := dial()
 	write(t, slow, request("PUT", "/x", "Content-Length: 10\r\n", "hello"))
-	if res, body := readAnswer(t, slow, "PUT"); res.StatusCode != 408 || !strings.Contains(body, matrix.MUnknown) {
+	if res, body := readAnswer(t, slow, "PUT"); res.StatusCode != 503 || !strings.Contains(body, matrix.MUnknown) || !strings.Contains(body, refuseTime.message) {
 		t.Errorf("slow client: %d %s", res.StatusCode, body)
 	}
 }

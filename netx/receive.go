@@ -39,40 +39,48 @@ func (rc *receiver) receive(src io.ReadCloser, limit int64, deadline time.Time) 
 func (rc *receiver) copy(body *Body, sum hash.Hash, src io.Reader, deadline time.Time) error {
 	buf := getCopyBuf()
 	defer putCopyBuf(buf)
+	held := false // we have kept the client waiting
 	for {
 		n, err := src.Read(buf[:])
 		if n > 0 {
 			sum.Write(buf[:n])
-			if err := rc.store(body, buf[:n], deadline); err != nil {
+			waited, err := rc.store(body, buf[:n], deadline)
+			if err != nil {
 				return err
 			}
+			held = held || waited
 		}
 		if err == io.EOF {
 			return nil
 		}
 		if err != nil {
-			return bodyError(err)
+			err = bodyError(err)
+			if held && err == refuseTime {
+				return rc.notStored(ErrSpoolFull, refuseFull) // it was us who took so long
+			}
+			return err
 		}
 	}
 }
 
-// store writes p to body. While the spool is full it waits: an error would
-// tell Synapse that the remote is down, whereas waiting soon keeps it from
-// sending more, as the number of requests being read is limited.
-func (rc *receiver) store(body *Body, p []byte, deadline time.Time) error {
+// store writes p to body. While the spool is full it waits, and says so: an
+// error would tell Synapse that the remote is down, whereas waiting soon keeps
+// it from sending more, as the number of requests being read is limited.
+func (rc *receiver) store(body *Body, p []byte, deadline time.Time) (waited bool, err error) {
 	for {
 		freed := rc.spool.room()
 		_, err := body.Write(p)
 		switch {
 		case err == nil:
-			return nil
+			return waited, nil
 		case !errors.Is(err, ErrSpoolFull):
-			return rc.notStored(err, refuseDisk)
+			return waited, rc.notStored(err, refuseDisk)
 		}
+		waited = true
 		select {
 		case <-freed:
 		case <-time.After(time.Until(deadline)):
-			return rc.notStored(err, refuseFull)
+			return waited, rc.notStored(err, refuseFull)
 		}
 	}
 }

@@ -42,8 +42,8 @@ type Target struct {
 // delegator says which server a host's well-known document names.
 type delegator interface {
 	// delegation returns "" if the host has no valid document. An error means
-	// that this could not be found out: the caller gave up, or we are at a
-	// limit of our own.
+	// that this could not be found out: the caller gave up, we are at a limit of
+	// our own, or our own network or clock is not in order.
 	delegation(ctx context.Context, host string) (matrix.ServerName, error)
 }
 

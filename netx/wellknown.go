@@ -33,6 +33,13 @@ const (
 	// wellKnownRefresh is the part of its life after which a document is fetched
 	// again while the old one still serves.
 	wellKnownRefresh = 0.8
+	// wellKnownOutage is how long a failure that lies with our own network, or
+	// our clock, answers for a host without another fetch. All requests for the
+	// host come to one in that time, and hardly wait once the network is back.
+	wellKnownOutage = 5 * time.Second
+	// maxOutages bounds for how many hosts such failures are remembered, the most
+	// wanted ones, and with half a KiB each their size.
+	maxOutages = 256
 
 	wellKnownTimeout   = 10 * time.Second // of one fetch, redirects included
 	wellKnownRedirects = 5
@@ -52,7 +59,14 @@ type wellKnown struct {
 
 	mu            sync.Mutex
 	cache         *lru[delegation]
+	outages       *lru[outage]
 	hits, fetches int64
+}
+
+// outage is a fetch that failed for our own network's sake.
+type outage struct {
+	err   error
+	until time.Time // from then on a fetch is tried again
 }
 
 // document is what a fetch found.
@@ -78,7 +92,8 @@ func newWellKnown(maxEntries int, now func() time.Time, random *lockedRand,
 		now:    now,
 		random: random,
 		// What an entry holds beside its key is in entryOverhead, but for a name.
-		cache: newLRU[delegation](maxEntries, int64(maxEntries)*(entryOverhead+2*matrix.MaxServerName)),
+		cache:   newLRU[delegation](maxEntries, int64(maxEntries)*(entryOverhead+2*matrix.MaxServerName)),
+		outages: newLRU[outage](maxOutages, maxOutages<<9),
 	}
 }
 
@@ -90,19 +105,54 @@ func (w *wellKnown) delegation(ctx context.Context, host string) (matrix.ServerN
 		if d, ok := w.cached(host, false); ok { // another fetch has just ended
 			return d, nil
 		}
+		if err := w.outage(host); err != nil {
+			return w.unknown(host, err)
+		}
 		fetchCtx, cancel := share(ctx, wellKnownTimeout)
 		defer cancel()
 		doc, err := w.fetch(fetchCtx, host)
-		if f, known := classify(err); err != nil && (ctx.Err() != nil || known && f == matrix.FailLocal) {
-			// Not the remote's answer. A document that is still good serves on.
-			if d, ok := w.valid(host); ok {
-				return d, nil
-			}
-			return delegation{}, err
+		switch f, known := classify(err); {
+		case err == nil:
+		case ctx.Err() != nil:
+			return w.unknown(host, err)
+		case ownNetwork(err), errors.Is(err, errClock):
+			w.noteOutage(host, err)
+			return w.unknown(host, err)
+		case known && f == matrix.FailLocal:
+			return w.unknown(host, err)
 		}
 		return w.store(host, doc, err), nil
 	})
 	return d.server, err
+}
+
+// unknown is what counts when a fetch ended with err, which is not the remote's
+// answer. A document that is still good serves on. Without one the request must
+// fail: that our network is down does not mean that the host has no document,
+// and the next step would lead to the wrong server.
+func (w *wellKnown) unknown(host string, err error) (delegation, error) {
+	if d, ok := w.valid(host); ok {
+		return d, nil
+	}
+	return delegation{}, err
+}
+
+// outage returns with what a fetch for host has just failed, if it was for our
+// own network's sake.
+func (w *wellKnown) outage(host string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if o, ok := w.outages.get(host); ok && w.now().Before(o.until) {
+		return o.err
+	}
+	return nil
+}
+
+func (w *wellKnown) noteOutage(host string, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	// The cause has the text once more.
+	w.outages.put(host, outage{err, w.now().Add(wellKnownOutage)}, 2*int64(len(err.Error())))
 }
 
 // cached returns what is known of host if it need not be fetched now. While
@@ -194,8 +244,13 @@ type wellKnownFetcher struct {
 // none that is valid, and is anything else if it cannot be got for now.
 func (f *wellKnownFetcher) fetch(ctx context.Context, host string) (document, error) {
 	u := &url.URL{Scheme: "https", Host: host, Path: wellKnownPath}
-	for range 1 + wellKnownRedirects {
+	for hop := range 1 + wellKnownRedirects {
 		doc, next, err := f.get(ctx, u)
+		if hop > 0 && ownNetwork(err) {
+			// The first host has answered, so our network is up. A document that
+			// is nowhere to be found must not keep the server out of reach.
+			return document{}, fmt.Errorf("well-known: redirect: %v", err)
+		}
 		if next == nil {
 			return doc, err
 		}

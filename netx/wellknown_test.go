@@ -7,11 +7,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	mathrand "math/rand/v2"
+	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -297,6 +302,210 @@ func TestWellKnownTimeouts(t *testing.T) {
 	})
 }
 
+// ownFailures are what a fetch ends with when it is our own network, or our
+// clock, that is not in order.
+var ownFailures = map[string]error{
+	"our name server fails":      &Error{Failure: matrix.FailDNS, Op: OpResolve, Err: errServfail},
+	"our name server is silent":  &Error{Failure: matrix.FailTimeout, Op: OpResolve, Err: context.DeadlineExceeded},
+	"there is no way out":        &Error{Failure: matrix.FailUnreachable, Op: OpConnect, Err: errno(syscall.ENETUNREACH)},
+	"the interface is down":      &Error{Failure: matrix.FailUnreachable, Op: OpConnect, Err: errno(syscall.ENETDOWN)},
+	"our clock is in the past":   &Error{Failure: matrix.FailLocal, Op: OpTLS, Err: errClock},
+	"IPv4 has no way out either": &Error{Failure: matrix.FailUnreachable, Op: OpConnect, Err: connectError("192.0.2.1", syscall.ENETUNREACH)},
+}
+
+// TestWellKnownOwnOutage: a machine that starts half an hour before its router
+// does not believe of any server that it delegates nothing, neither during that
+// time nor after it.
+func TestWellKnownOwnOutage(t *testing.T) {
+	for name, failure := range ownFailures {
+		t.Run(name, func(t *testing.T) {
+			wt := newWellKnownTest(centred{})
+			wt.err = failure
+			for range 31 {
+				if got, err := wt.delegation(t.Context(), "a.test"); got != "" || FailureOf(err) != FailureOf(failure) {
+					t.Fatalf("during the outage: %q, %v, want %v", got, err, failure)
+				}
+				wt.time = wt.time.Add(time.Minute)
+			}
+			_, _ = wt.delegation(t.Context(), "a.test")
+			wt.doc, wt.err = document{server: "b.test", life: 24 * time.Hour}, nil
+			wt.time = wt.time.Add(wellKnownOutage)
+			if got, err := wt.delegation(t.Context(), "a.test"); got != "b.test" || err != nil {
+				t.Errorf("after it: %q, %v", got, err)
+			}
+			if entries, _, fetches := wt.stats(); entries != 1 || fetches != 1 {
+				t.Errorf("%d entries, %d outcomes; the document alone is one", entries, fetches)
+			}
+		})
+	}
+}
+
+// TestWellKnownOthersOutage is about what looks like an outage of our own, and
+// is the remote's: discovery goes on, and it is remembered.
+func TestWellKnownOthersOutage(t *testing.T) {
+	for name, failure := range map[string]error{
+		"no such name":           &Error{Failure: matrix.FailNoName, Op: OpResolve, Err: notFound("a.test")},
+		"the host is off":        &Error{Failure: matrix.FailUnreachable, Op: OpConnect, Err: errno(syscall.EHOSTUNREACH)},
+		"a firewall":             &Error{Failure: matrix.FailUnreachable, Op: OpConnect, Err: errno(syscall.EPERM)},
+		"a route that prohibits": &Error{Failure: matrix.FailUnreachable, Op: OpConnect, Err: errno(syscall.EACCES)},
+		"only IPv6, and none":    &Error{Failure: matrix.FailUnreachable, Op: OpConnect, Err: connectError("2001:db8::1", syscall.ENETUNREACH)},
+		"silent":                 &Error{Failure: matrix.FailTimeout, Op: OpConnect, Err: context.DeadlineExceeded},
+		"its certificate":        &Error{Failure: matrix.FailTLS, Op: OpTLS, Err: errors.New("expired")},
+	} {
+		wt := newWellKnownTest(centred{})
+		wt.err = failure
+		for range 2 {
+			if got, err := wt.delegation(t.Context(), "a.test"); got != "" || err != nil || wt.asked != 1 {
+				t.Errorf("%s: %q, %v, fetched %d times", name, got, err, wt.asked)
+			}
+		}
+		if d := wt.untilFetch(t); d != wellKnownRetry {
+			t.Errorf("%s: fetched again after %v", name, d)
+		}
+	}
+}
+
+// TestWellKnownOutageIsAskedAboutOnce: however many requests there are for a
+// host, few fetches are made while our own network is down.
+func TestWellKnownOutageIsAskedAboutOnce(t *testing.T) {
+	for name, failure := range ownFailures {
+		wt := newWellKnownTest(centred{})
+		ask := func(n int, want matrix.ServerName, failure error) {
+			t.Helper()
+			for range n {
+				if got, err := wt.delegation(t.Context(), "a.test"); got != want || FailureOf(err) != FailureOf(failure) {
+					t.Fatalf("%s: %q, %v, want %q, %v", name, got, err, want, failure)
+				}
+			}
+		}
+		wt.err = failure
+		ask(1000, "", failure)
+		wt.time = wt.time.Add(wellKnownOutage - 1)
+		ask(1000, "", failure)
+		if wt.asked != 1 {
+			t.Errorf("%s: %d fetches at once", name, wt.asked)
+		}
+		if _, _ = wt.delegation(t.Context(), "b.test"); wt.asked != 2 {
+			t.Errorf("%s: another host's failure was taken for this one's", name)
+		}
+		wt.time = wt.time.Add(1)
+		ask(1000, "", failure)
+		if wt.asked != 3 {
+			t.Errorf("%s: %d fetches after a while, want 1", name, wt.asked-2)
+		}
+
+		// A document that is still good serves on, and is sought just as rarely.
+		wt.doc, wt.err = document{server: "c.test", life: 10 * time.Hour}, nil
+		wt.time = wt.time.Add(wellKnownOutage)
+		ask(1, "c.test", nil)
+		wt.err = failure
+		wt.time = wt.time.Add(9 * time.Hour)
+		wt.asked = 0
+		ask(1000, "c.test", nil)
+		wt.time = wt.time.Add(wellKnownOutage)
+		ask(1000, "c.test", nil)
+		if wt.asked != 2 {
+			t.Errorf("%s: %d fetches late in a document's life, want 2", name, wt.asked)
+		}
+		wt.time = wt.time.Add(time.Hour)
+		ask(1, "", failure) // its life is over
+	}
+}
+
+// TestWellKnownOwnLimit: a limit that was not free for one request may be free
+// for the next, which is not made to wait for that.
+func TestWellKnownOwnLimit(t *testing.T) {
+	wt := newWellKnownTest(centred{})
+	wt.err = &Error{Failure: matrix.FailLocal, Op: OpTLS, Err: errOwnLimit}
+	for i := range 3 {
+		if _, err := wt.delegation(t.Context(), "a.test"); FailureOf(err) != matrix.FailLocal || wt.asked != i+1 {
+			t.Errorf("%v after %d fetches", err, wt.asked)
+		}
+	}
+}
+
+func TestWellKnownOutagesAreBounded(t *testing.T) {
+	for _, tt := range []struct {
+		name, host string
+		max        int // hosts remembered
+	}{
+		{"many hosts", ".test", maxOutages},
+		{"with the longest names", strings.Repeat("a", matrix.MaxServerName-4), maxOutages * 512 / (entryOverhead + 3*matrix.MaxServerName)},
+	} {
+		wt := newWellKnownTest(centred{})
+		host := func(i int) string { return fmt.Sprintf("%03d%s", i, tt.host) }
+		for i := range 2 * maxOutages {
+			dns := *errServfail
+			dns.Name = host(i)
+			wt.err = &Error{Failure: matrix.FailDNS, Op: OpResolve, Err: &dns}
+			_, _ = wt.delegation(t.Context(), host(i))
+		}
+		n := wt.outages.len()
+		if n > tt.max || n < tt.max*8/10 || wt.outages.bytes > maxOutages<<9 || wt.cache.len() != 0 {
+			t.Errorf("%s: %d outages of %d bytes, at most %d; %d outcomes", tt.name, n, wt.outages.bytes, tt.max, wt.cache.len())
+		}
+		wt.asked = 0
+		_, _ = wt.delegation(t.Context(), host(2*maxOutages-1))
+		if wt.asked != 0 {
+			t.Errorf("%s: the last one is not among them", tt.name)
+		}
+	}
+}
+
+// TestDiscoveryDuringAnOutage goes through a Client: a request fails for what our
+// own network is, without a look at the place where an undelegated server would
+// be, and finds the right server as soon as the network is back.
+func TestDiscoveryDuringAnOutage(t *testing.T) {
+	var d delegating
+	d.Store("b.test:1")
+	hosts := make(chan string, 1)
+	static := map[string]string{
+		"a.test:443": web(t, false, d.serve, "a.test"),
+		"b.test:1":   web(t, true, func(_ http.ResponseWriter, r *http.Request) { hosts <- r.Host }, "b.test"),
+	}
+	for name, tt := range map[string]struct {
+		dns, connect error
+		want         matrix.Failure
+	}{
+		"name server": {dns: errServfail, want: matrix.FailDNS},
+		"network":     {connect: connectError("127.0.0.1", syscall.ENETUNREACH), want: matrix.FailUnreachable},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lookup := &fakeLookup{ip: map[string][]string{}}
+			entries := maps.Clone(static)
+			if tt.dns != nil {
+				delete(entries, "a.test:443")
+				lookup.fail = map[string]error{"a.test": tt.dns}
+			}
+			now := time.Unix(1e9, 0)
+			c := newTestClient(t, entries, func(c *ClientConfig) { c.Lookup, c.Now = lookup, func() time.Time { return now } })
+			connect := c.dialer.connectTo
+			tried := 0
+			c.dialer.connectTo = func(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+				tried++
+				if tt.connect != nil {
+					return nil, tt.connect
+				}
+				return connect(ctx, to)
+			}
+			for range 3 {
+				_, err := c.Do(testContext(t), &Request{Destination: "a.test", Method: "GET", Target: "/"}, nil)
+				wantFailure(t, err, tt.want, OpResolve)
+			}
+			if slices.ContainsFunc(lookup.asked, func(q string) bool { return q != "a.test" }) || tried > 1 {
+				t.Errorf("asked for %q, %d connects", lookup.asked, tried)
+			}
+			// The network is back.
+			c.dialer.connectTo, c.dialer.static, lookup.fail = connect, must(NewStatic(static)), nil
+			now = now.Add(wellKnownOutage)
+			get(t, c, "a.test", "/")
+			if got := <-hosts; got != "b.test:1" {
+				t.Errorf("Host %q", got)
+			}
+		})
+	}
+}
+
 // TestWellKnownFetch runs the fetch against real servers.
 func TestWellKnownFetch(t *testing.T) {
 	silentLogs(t)
@@ -347,6 +556,8 @@ func TestWellKnownFetch(t *testing.T) {
 			w.WriteHeader(302)
 		case host == "inner.test":
 			http.Redirect(w, r, "https://169.254.169.254/found", http.StatusFound)
+		case host == "lost.test":
+			http.Redirect(w, r, "https://servfail.test/found", http.StatusFound)
 		case host == "inner2.test":
 			http.Redirect(w, r, "https://private.test/found", http.StatusFound)
 		default:
@@ -354,7 +565,7 @@ func TestWellKnownFetch(t *testing.T) {
 		}
 	}
 	names := []string{"plain.test", "ageless.test", "404.test", "503.test", "429.test", "202.test", "bad.test", "fits.test", "1mib.test",
-		"moved.test", "other.test", "loop.test", "hops5.test", "hops6.test", "http.test", "nowhere.test", "inner.test", "inner2.test", "badcert.test"}
+		"moved.test", "other.test", "loop.test", "hops5.test", "hops6.test", "http.test", "nowhere.test", "inner.test", "inner2.test", "lost.test", "badcert.test"}
 	addr := web(t, true, handler, names[:len(names)-1]...)
 	static := map[string]string{}
 	for _, n := range names {
@@ -383,7 +594,7 @@ func TestWellKnownFetch(t *testing.T) {
 		static[name+":443"] = raw(t, serve, name)
 	}
 	client := newTestClient(t, static, func(c *ClientConfig) {
-		c.Lookup = &fakeLookup{ip: map[string][]string{"private.test": {"10.1.2.3", "fd00::1"}}}
+		c.Lookup = &fakeLookup{ip: map[string][]string{"private.test": {"10.1.2.3", "fd00::1"}}, fail: map[string]error{"servfail.test": errServfail}}
 	})
 	fetch := (&wellKnownFetcher{open: client.connector.open, now: time.Now}).fetch
 
@@ -412,6 +623,7 @@ func TestWellKnownFetch(t *testing.T) {
 		{host: "inner2.test", failure: matrix.FailBlocked},
 		{host: "badcert.test", failure: matrix.FailTLS},
 		{host: "unknown.test", failure: matrix.FailNoName},
+		{host: "servfail.test", failure: matrix.FailDNS},
 		{host: "cut.test", failure: matrix.FailReset},
 		{host: "endless.test", failure: matrix.FailTooLarge},
 		{host: "silent.test", failure: matrix.FailTimeout},
@@ -436,6 +648,10 @@ func TestWellKnownFetch(t *testing.T) {
 				t.Errorf("%v: %v, want %v", err, FailureOf(err), tt.failure)
 			}
 		})
+	}
+	// A redirect into the void is the remote's fault: to reach it we have a network.
+	if _, err := fetch(testContext(t), "lost.test"); err == nil || errors.Is(err, errNoDocument) || ownNetwork(err) {
+		t.Errorf("a redirect to a name that cannot be looked up: %v", err)
 	}
 	for _, r := range requests {
 		if r.ProtoMajor != 1 || r.Method != "GET" || r.UserAgent() != "" || r.Header.Get("Accept-Encoding") != "" || r.Header.Get("Authorization") != "" {
