@@ -15,6 +15,8 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -31,39 +33,34 @@ const (
 	exitUsage  = 2 // wrong use of the command line, or a mistake in the configuration
 )
 
-const usage = `fsbus carries a Matrix homeserver's federation traffic.
-
-usage: fsbus [COMMAND] [FLAGS]
-
-commands:
-  run             serve until SIGTERM or SIGINT (the default); SIGHUP reloads the configuration
-  check           read the configuration, print the effective budgets, and exit
-  status          ask a running fsbus for its status and print it
-  queue           show and change what waits for other servers (queue -h: how)
-  explain         say in words why what waits for a server does
-  synapse-config  print the lines for homeserver.yaml
-  version         print the version
-
-Each command explains its flags with -h.
-
-exit codes: 0 fine, 1 failed, 2 used wrongly or a mistake in the configuration
-`
-
 // command is one subcommand. Its flags are added before run is called with
 // what was given.
 type command struct {
-	about string
-	run   func(fs *flag.FlagSet, args []string) int
+	name, about string
+	run         func(fs *flag.FlagSet, args []string) int
 }
 
-var commands = map[string]command{
-	"run":            {"serve until SIGTERM or SIGINT; SIGHUP reloads the configuration", runCommand},
-	"check":          {"read the configuration, print the effective budgets, and exit", checkCommand},
-	"status":         {"ask a running fsbus for its status and print it", statusCommand},
-	"queue":          {"show and change what waits for other servers", queueCommand(node.Queue)},
-	"explain":        {"say in words why what waits for a server does", queueCommand(node.Explain)},
-	"synapse-config": {"print the lines for homeserver.yaml", synapseCommand},
-	"version":        {"print the version", versionCommand},
+// commands are all of them, the default first.
+var commands = []command{
+	{"run", "serve until SIGTERM or SIGINT (the default); SIGHUP reloads the configuration", runCommand},
+	{"check", "read the configuration, print the effective budgets, and exit", checkCommand},
+	{"status", "ask a running fsbus for its status and print it", statusCommand},
+	{"queue", "show and change what waits for other servers (queue -h: how)", queueCommand(node.Queue)},
+	{"explain", "say in words why what waits for a server does", queueCommand(node.Explain)},
+	{"synapse-config", "print the lines for homeserver.yaml", synapseCommand},
+	{"version", "print the version", versionCommand},
+}
+
+// usage explains the commands.
+func usage() string {
+	var b strings.Builder
+	b.WriteString("fsbus carries a Matrix homeserver's federation traffic.\n\nusage: fsbus [COMMAND] [FLAGS]\n\ncommands:\n")
+	for _, c := range commands {
+		fmt.Fprintf(&b, "  %-14s  %s\n", c.name, c.about)
+	}
+	b.WriteString("\nEach command explains its flags with -h.\n\n" +
+		"exit codes: 0 fine, 1 failed, 2 used wrongly or a mistake in the configuration\n")
+	return b.String()
 }
 
 func main() {
@@ -71,21 +68,24 @@ func main() {
 }
 
 func dispatch(args []string) int {
-	name := "run"
+	name := commands[0].name
 	if len(args) > 0 {
 		switch first := args[0]; {
 		case first == "-h" || first == "-help" || first == "--help" || first == "help":
-			io.WriteString(os.Stdout, usage)
+			io.WriteString(os.Stdout, usage())
 			return exitOK
+		case first == "-version" || first == "--version":
+			name, args = "version", args[1:]
 		case first != "" && first[0] != '-':
 			name, args = first, args[1:]
 		}
 	}
-	c, ok := commands[name]
-	if !ok {
-		fmt.Fprintf(os.Stderr, "fsbus: unknown command %q\n\n%s", name, usage)
+	i := slices.IndexFunc(commands, func(c command) bool { return c.name == name })
+	if i < 0 {
+		fmt.Fprintf(os.Stderr, "fsbus: unknown command %q\n\n%s", name, usage())
 		return exitUsage
 	}
+	c := commands[i]
 	fs := flag.NewFlagSet("fsbus "+name, flag.ContinueOnError)
 	fs.SetOutput(os.Stderr)
 	fs.Usage = func() {
@@ -113,9 +113,10 @@ func configFlag(fs *flag.FlagSet) *string {
 	return fs.String("config", node.DefaultPath, "the configuration `file`")
 }
 
-// load reads the configuration and prints what is wrong with it.
-func load(path string) (*node.Config, bool) {
-	cfg, err := node.Load(path)
+// load reads the configuration with Load or LoadAddresses, and prints what is wrong
+// with it.
+func load(read func(path string) (*node.Config, error), path string) (*node.Config, bool) {
+	cfg, err := read(path)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return nil, false
@@ -128,7 +129,7 @@ func runCommand(fs *flag.FlagSet, args []string) int {
 	if code, done := parse(fs, args); done {
 		return code
 	}
-	cfg, ok := load(*path)
+	cfg, ok := load(node.Load, *path)
 	if !ok {
 		return exitUsage
 	}
@@ -161,12 +162,15 @@ func checkCommand(fs *flag.FlagSet, args []string) int {
 	if code, done := parse(fs, args); done {
 		return code
 	}
-	cfg, ok := load(*path)
+	cfg, ok := load(node.Load, *path)
 	if !ok {
 		return exitUsage
 	}
 	if _, err := cfg.Budget().WriteTo(os.Stdout); err != nil {
 		return exitFailed
+	}
+	for _, s := range cfg.Notes() {
+		fmt.Println("note:", s)
 	}
 	for _, w := range cfg.Warnings() {
 		fmt.Println("warning:", w)
@@ -183,7 +187,7 @@ func statusCommand(fs *flag.FlagSet, args []string) int {
 		return code
 	}
 	if *address == "" {
-		cfg, ok := load(*path)
+		cfg, ok := load(node.LoadAddresses, *path)
 		if !ok {
 			return exitUsage
 		}
@@ -221,7 +225,7 @@ func synapseCommand(fs *flag.FlagSet, args []string) int {
 	if code, done := parse(fs, args); done {
 		return code
 	}
-	cfg, ok := load(*path)
+	cfg, ok := load(node.Load, *path)
 	if !ok {
 		return exitUsage
 	}

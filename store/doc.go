@@ -34,6 +34,22 @@
 // nothing. It would only grow stale, with newer items beside it that could take the
 // place of its own. Thaw lets them: the items wait as if never packed.
 //
+// An item is set aside when it is its turn to be packed and its row, or the payload that
+// this refers to, is damaged: what is left of it is kept, and the others go on. While it
+// waits newer ones replace it, or stand beside it where a merger would need its payload.
+// What else meets a damaged row is refused alone (ErrDamagedRow), but for Expire, which
+// is about all destinations and passes over one that cannot be read. What SQLite itself
+// cannot read fails a group.
+//
+// Totals are kept and not counted. Settle and Drop count where they find another number
+// of items than they should, Pack where it finds nothing to send though something is
+// said to be pending, and each of them where a row that it deletes was damaged.
+//
+// Items do not say in whose name they are sent: Pack is told. So the file has the name
+// of the homeserver that it belongs to (Options.ServerName), and Open refuses another
+// one for as long as there is an item (ErrOtherServer). Where there is none, or no name
+// yet, the name that it is opened with is written.
+//
 // # The caches
 //
 // Answers are found by their key, ServerKeys by the notary and the server. Both are
@@ -87,10 +103,11 @@
 //     no effect on what is read from then on, but if the process dies right
 //     after a commit that failed in its fsync, the next Open may find it.
 //     Whoever submits it again must not mind.
-//  5. An error of one batch's content (ErrInvalid) is that batch's alone. Any
-//     other error is that of all batches of its group. The writer goes on with
-//     the next group in either case: a disk that has space again is all it
-//     takes to recover.
+//  5. An error of one batch's content (ErrInvalid), of the room for it
+//     (ErrOutboxFull) or of a row that it needs (ErrDamagedRow) is that batch's
+//     alone. Any other error is that of all batches of its group. The writer
+//     goes on with the next group in either case: a disk that has space again is
+//     all it takes to recover.
 //  6. Submit never waits. Whoever has an answer to give waits for the
 //     completion.
 //
@@ -116,7 +133,7 @@
 //   - A PDU is not found without its transaction.
 //   - Between two calls no connection for reading has a read transaction.
 //   - An item leaves the outbox by Settle, Compact, Expire, Drop, Pack (what has
-//     expired or cannot be sent) or because a newer one replaces it, and is
+//     expired, is damaged or cannot be sent) or because a newer one replaces it, and is
 //     counted in the Result. Frozen ones leave by Settle and Drop alone, or to be
 //     set aside.
 //   - Of one key whose newer items take the place of older ones (MergeReplace,
@@ -124,6 +141,7 @@
 //     so a transaction has no two of them, which a receiver may handle in either
 //     order.
 //   - A half of a batch that was refused is never thawed.
+//   - What was accepted for one homeserver is not sent in the name of another.
 //   - No clock decides anything. Times in rows come from the caller; which rows
 //     are old is known from the order of writes, and of inbound transactions from
 //     a comparison with what is written. Only Stats and the log hold

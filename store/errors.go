@@ -8,6 +8,8 @@ import (
 
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
+
+	"fsbus/bus/matrix"
 )
 
 // The errors that callers branch on. What the store returns wraps one of them,
@@ -35,6 +37,13 @@ var (
 	ErrNewerSchema = errors.New("written by a newer fsbus")
 	// ErrCorrupt: the file is damaged.
 	ErrCorrupt = errors.New("damaged database")
+	// ErrDamagedRow: SQLite reads the file, but a row that this batch needs cannot be
+	// as it was written. Nothing of the batch was stored. Batches beside it are not
+	// affected. It wraps ErrCorrupt.
+	ErrDamagedRow = fmt.Errorf("%w, in one row", ErrCorrupt)
+	// ErrOtherServer: the database is that of another homeserver, for which
+	// something is still to be sent.
+	ErrOtherServer = errors.New("database of another homeserver")
 	// ErrNotOurs: the file is an SQLite database of another program.
 	ErrNotOurs = errors.New("not an fsbus database")
 )
@@ -56,7 +65,7 @@ func classify(op, path string, err error) error {
 // refused tells whether err is about the one batch that it came up in, which can
 // then be taken back alone.
 func refused(err error) bool {
-	return errors.Is(err, ErrInvalid) || errors.Is(err, ErrOutboxFull)
+	return errors.Is(err, ErrInvalid) || errors.Is(err, ErrOutboxFull) || errors.Is(err, ErrDamagedRow)
 }
 
 // classOf returns the sentinel that err belongs to, nil if to none.
@@ -103,7 +112,7 @@ func noSpace(path string) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// The next two tell an admin what to do. Nothing is ever deleted or replaced
+// The next ones tell an admin what to do. Nothing is ever deleted or replaced
 // on its own: what lies in the file may be the only copy.
 
 func corrupt(path string, why error) error {
@@ -114,4 +123,10 @@ func corrupt(path string, why error) error {
 func notOurs(path string, id uint32) error {
 	return fmt.Errorf("store: %s: %w (application id %#08x, want %#08x); point data_dir at a directory of its own, "+
 		"or move that file away", path, ErrNotOurs, id, uint32(applicationID))
+}
+
+func otherServer(path, stored string, name matrix.ServerName) error {
+	return fmt.Errorf("store: %s: %w: it is of %s, and what is pending in it would be sent in the name of %s; "+
+		"run fsbus with server_name %s until it is delivered or dropped, or point data_dir at another directory",
+		path, ErrOtherServer, stored, name, stored)
 }

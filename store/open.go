@@ -33,8 +33,8 @@ const (
 )
 
 // Open opens the store, creating it if there is none, and starts its writer.
-// Errors: ErrLocked, ErrNotOurs, ErrCorrupt, ErrNewerSchema, ErrFull, and
-// what the file system says. None of them changes what is stored.
+// Errors: ErrLocked, ErrNotOurs, ErrCorrupt, ErrNewerSchema, ErrOtherServer,
+// ErrFull, and what the file system says. None of them changes what is stored.
 func Open(ctx context.Context, opt Options) (*Store, error) {
 	if err := opt.check(); err != nil {
 		return nil, err
@@ -135,6 +135,9 @@ func prepareWriter(ctx context.Context, c *conn, o *Options, unclean bool) (*wri
 	w, err := newWriter(ctx, c, o)
 	if err != nil {
 		return nil, classify("read", o.Path, err)
+	}
+	if err := claim(ctx, c, o); err != nil {
+		return nil, err
 	}
 	return w, nil
 }

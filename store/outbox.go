@@ -76,7 +76,7 @@ func (k *KindTotals) parse(b []byte) error {
 		items, n := binary.Uvarint(b)
 		bytes, m := binary.Uvarint(b[max(n, 0):])
 		if n <= 0 || m <= 0 || i >= len(k) {
-			return fmt.Errorf("%w: totals of kinds", ErrCorrupt)
+			return fmt.Errorf("%w: totals of kinds", ErrDamagedRow)
 		}
 		k[i] = KindTotal{int64(items), int64(bytes)}
 		b = b[n+m:]
@@ -117,6 +117,9 @@ type dest struct {
 	touched int64
 	parts   []part // of the frozen batch, to be tried one after the other
 	items   int64  // as stored
+	// uncounted says that the totals may not be those of the items, so that save has
+	// to count them.
+	uncounted bool
 }
 
 // part is a batch, or what is left of one: of each lane the items between two
@@ -203,12 +206,12 @@ func scanDest(vals []driver.Value) (*dest, error) {
 	}
 	if frozen != "" {
 		if err := json.Unmarshal([]byte(frozen), &d.parts); err != nil {
-			return nil, fmt.Errorf("destination %q: %w: frozen batch: %w", name, ErrCorrupt, err)
+			return nil, fmt.Errorf("destination %q: %w: frozen batch: %w", name, ErrDamagedRow, err)
 		}
 		for i := range d.parts {
 			for _, t := range d.parts[i].Kinds {
 				if t.Kind.Lane() == 0 {
-					return nil, fmt.Errorf("destination %q: %w: kind %d in the frozen batch", name, ErrCorrupt, t.Kind)
+					return nil, fmt.Errorf("destination %q: %w: kind %d in the frozen batch", name, ErrDamagedRow, t.Kind)
 				}
 			}
 		}
@@ -250,7 +253,7 @@ const (
 	// seq is compared last: within a destination, a lane, and in its order. The
 	// plus signs: SQLite plans anew whenever a value that stands alone changes
 	// to or from 0 or 1, and the first destination and lane are 1.
-	rowsQuery = `SELECT i.seq, i.kind, i.accepted, i.lifetime, i.size, i.key, coalesce(i.bytes, b.bytes)
+	rowsQuery = `SELECT i.lane, i.seq, i.kind, i.accepted, i.lifetime, i.size, i.key, coalesce(i.bytes, b.bytes)
 		FROM item i LEFT JOIN payload p ON p.hash = i.hash LEFT JOIN body b ON b.id = p.body `
 	insertQuery = "INSERT INTO item (dest, lane, seq, kind, accepted, lifetime, depth, size, key, hash, bytes) "
 )
@@ -281,10 +284,10 @@ func (o *outbox) queries() []struct {
 		{&o.group, rowsQuery + "WHERE i.dest = +?1 AND i.kind = +?2 AND i.key BETWEEN ?3 AND ?4 AND i.seq > ?5 LIMIT ?6"},
 		{&o.rows, rowsQuery + "WHERE i.dest = +?1 AND i.lane = +?2 AND i.seq BETWEEN ?3 AND ?4 ORDER BY i.seq LIMIT ?5"},
 		{&o.fronts, "SELECT accepted FROM item WHERE dest = +?1 AND lane = +?2 ORDER BY seq LIMIT 1"},
-		{&o.recount, "SELECT kind, count(*), sum(size) FROM item WHERE dest = +?1 GROUP BY kind"},
+		{&o.recount, "SELECT lane, kind, count(*), sum(CAST(size AS INTEGER)) FROM item WHERE dest = +?1 GROUP BY kind, lane"},
 		{&o.pdus, "SELECT seq, depth, size, key FROM item WHERE dest = +?1 AND lane = +?2 AND seq > ?3 ORDER BY seq"},
 
-		{&o.putAside, "INSERT INTO aside (dest, kind, accepted, at, reason, size, bytes) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"},
+		{&o.putAside, "INSERT INTO aside (dest, kind, accepted, at, reason, size, bytes) VALUES (?1, ?2, ?3, ?4, ?5, ?6, coalesce(?7, x''))"}, // an empty slice reaches SQLite as NULL
 		{&o.cutAside, "DELETE FROM aside WHERE id IN (SELECT id FROM aside ORDER BY id LIMIT 1) RETURNING size"},
 		{&o.forgetAside, "DELETE FROM aside WHERE id <= ?1 RETURNING size"},
 
@@ -355,6 +358,15 @@ func (o *outbox) newDest(name matrix.ServerName) (*dest, error) {
 
 // save writes d back.
 func (o *outbox) save(d *dest) error {
+	if d.uncounted {
+		if err := o.count(d); err != nil {
+			return err
+		}
+		if err := o.findOldest(d); err != nil {
+			return err
+		}
+		d.uncounted = false
+	}
 	frozen := ""
 	if len(d.parts) > 0 {
 		b, err := json.Marshal(d.parts)
@@ -387,10 +399,10 @@ func (o *outbox) findOldest(d *dest) error {
 			continue
 		}
 		err := o.fronts.query(func(vals []driver.Value) error {
-			var accepted int64
-			err := scan(vals, &accepted)
-			d.older(accepted)
-			return err
+			if accepted, ok := vals[0].(int64); ok { // else Pack sets it aside
+				d.older(accepted)
+			}
+			return nil
 		}, d.id, int64(l))
 		if err != nil {
 			return err
@@ -405,27 +417,40 @@ func (d *dest) older(accepted int64) {
 	}
 }
 
-// count sets the totals of d from its items.
+// count sets the totals of d from its items. Those that are damaged count as well:
+// else a lane that has nothing but them would never be looked at.
 func (o *outbox) count(d *dest) error {
 	d.Kinds = KindTotals{}
 	return o.recount.query(func(vals []driver.Value) error {
-		var kind, items, bytes int64
-		if err := scan(vals, &kind, &items, &bytes); err != nil {
-			return err
+		if l, ok := laneOf(number(vals[0])); ok {
+			d.Kinds.add(kindIn(l, number(vals[1])), number(vals[2]), number(vals[3]))
 		}
-		k, err := kindOf(kind)
-		if err == nil {
-			d.Kinds[k] = KindTotal{items, bytes}
-		}
-		return err
+		return nil
 	}, d.id)
 }
 
 func kindOf(n int64) (matrix.Kind, error) {
 	if n < 1 || n > matrix.NumKinds {
-		return 0, fmt.Errorf("%w: kind %d", ErrCorrupt, n)
+		return 0, fmt.Errorf("%w: kind %d", ErrDamagedRow, n)
 	}
 	return matrix.Kind(n), nil
+}
+
+// kindIn returns the kind with the number n, or if that is not of the lane, the first
+// one that is: an item counts as that if its own kind is damaged.
+func kindIn(l matrix.Lane, n int64) matrix.Kind {
+	if k, err := kindOf(n); err == nil && k.Lane() == l {
+		return k
+	}
+	k := matrix.Kind(1)
+	for k.Lane() != l {
+		k++
+	}
+	return k
+}
+
+func laneOf(n int64) (l matrix.Lane, ok bool) {
+	return matrix.Lane(n), n >= 1 && n <= matrix.NumLanes
 }
 
 // room makes sure that about so many bytes may be added to the file, if need be by
@@ -483,41 +508,77 @@ type queued struct {
 	size     int64
 	key      []byte // nil if there is none
 	payload  []byte
+	damage   damage
+}
+
+// damage is what of an item cannot be as it was written, in the words for
+// Aside.Reason. It is empty if all can.
+type damage string
+
+const (
+	// damagedPayload: queued.payload is nil, which no rule of merging takes for an
+	// item. All else can be relied on.
+	damagedPayload damage = "its payload is damaged"
+	// damagedRow: only queued.lane and queued.seq can be relied on.
+	damagedRow damage = "its row is damaged"
+)
+
+// err is nil for an item that is not damaged.
+func (it *queued) err() error {
+	if it.damage == "" {
+		return nil
+	}
+	return fmt.Errorf("%w: item %d: %s", ErrDamagedRow, it.seq, it.damage)
 }
 
 func (it *queued) expired(now int64) bool {
-	return it.lifetime > 0 && now-it.accepted > it.lifetime
+	return it.lifetime > 0 && now-it.accepted > it.lifetime && it.damage != damagedRow
 }
 
-// scanItem reads the result of a rowsQuery.
+// scanItem reads the result of a rowsQuery. What is damaged of an item is no error but
+// noted in it, if the row can be found again: so the item can be set aside.
 func scanItem(vals []driver.Value) (it queued, err error) {
-	if vals[5] != nil {
-		if err := scan(vals[5:6], &it.key); err != nil {
-			return it, err
+	var lane int64
+	if err := scan(vals[:2], &lane, &it.seq); err != nil {
+		return it, err
+	}
+	var ok bool
+	if it.lane, ok = laneOf(lane); !ok {
+		return it, fmt.Errorf("%w: item %d: lane %d", ErrDamagedRow, it.seq, lane)
+	}
+	if scan(vals[7:], &it.payload) != nil {
+		it.damage = damagedPayload
+	}
+	read := func(i int, dst any) {
+		if scan(vals[i:i+1], dst) != nil {
+			it.damage = damagedRow
 		}
 	}
 	var kind int64
-	if err := errors.Join(
-		scan(vals[:5], &it.seq, &kind, &it.accepted, &it.lifetime, &it.size),
-		scan(vals[6:], &it.payload),
-	); err != nil {
-		return it, err
+	read(2, &kind)
+	read(3, &it.accepted)
+	read(4, &it.lifetime)
+	read(5, &it.size)
+	if vals[6] != nil {
+		read(6, &it.key)
 	}
-	it.kind, err = kindOf(kind)
-	it.lane = it.kind.Lane()
-	return it, err
+	if it.kind = kindIn(it.lane, kind); int64(it.kind) != kind {
+		it.damage = damagedRow
+	}
+	return it, nil
 }
 
 // errStop ends a query early.
 var errStop = errors.New("stop")
 
 // each calls f for the items of a lane with numbers from first to last, in
-// order, until it returns errStop or another error. f must not change items.
+// order, until it returns errStop or another error. f must not change items. Damaged
+// ones are among them.
 func (o *outbox) each(d *dest, l matrix.Lane, first, last int64, f func(*queued) error) error {
 	err := o.rows.query(func(vals []driver.Value) error {
 		it, err := scanItem(vals)
 		if err != nil {
-			return fmt.Errorf("item %d: %w", it.seq, err)
+			return err
 		}
 		return f(&it)
 	}, d.id, int64(l), first, last, int64(-1))
@@ -613,5 +674,6 @@ func (o *outbox) rewrite(d *dest, it *queued, payload []byte) error {
 func (o *outbox) drop(d *dest, it *queued) error {
 	_, err := o.remove.exec(d.id, int64(it.lane), it.seq)
 	d.Kinds.add(it.kind, -1, -it.size)
+	d.uncounted = d.uncounted || it.damage == damagedRow
 	return err
 }

@@ -237,11 +237,15 @@ func (m *merger) add(it *matrix.Item, accepted int64) error {
 }
 
 // find returns the newest item of the same kind and key that is not frozen, nil
-// if there is none.
+// if there is none. If more of it is damaged than its payload, merging would spread
+// that, and so it is an error until Pack has set the item aside.
 func (m *merger) find(kind matrix.Kind, key []byte) (old *queued, err error) {
 	lane := kind.Lane()
 	err = m.same.query(func(vals []driver.Value) error {
 		it, err := scanItem(vals)
+		if it.damage == damagedRow {
+			err = it.err()
+		}
 		old = &it
 		return err
 	}, m.dest.id, int64(kind), key, int64(lane), m.dest.frozen(lane))
@@ -280,6 +284,9 @@ func (m *merger) relink(old *queued, it *matrix.Item) (merged []byte, replaces b
 	var behind []queued
 	err = m.group.query(func(vals []driver.Value) error {
 		b, err := scanItem(vals)
+		if b.damage == damagedRow {
+			err = b.err()
+		}
 		behind = append(behind, b)
 		return err
 	}, m.dest.id, int64(it.Kind), first, last, old.seq, int64(maxChain+1))

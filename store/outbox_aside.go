@@ -9,7 +9,9 @@ import (
 )
 
 // Aside is an item that was given up, because the destination refuses it or
-// because it cannot be sent, and is kept for an admin to look at.
+// because it cannot be sent, and is kept for an admin to look at. Of one that is
+// damaged it is what is left: Payload may be empty, Accepted 0, and Kind the first of
+// its lane.
 type Aside struct {
 	ID          int64
 	Destination matrix.ServerName
@@ -26,16 +28,17 @@ func (o *outbox) setAside(d *dest, it *queued, now int64, reason string) (*Aside
 	if err := o.drop(d, it); err != nil {
 		return nil, err
 	}
+	size := int64(len(it.payload)) // of what is kept
 	a := &Aside{
 		Destination: d.Name, Kind: it.kind, Accepted: it.accepted, At: now,
 		Reason: clip(reason, MaxErrorBytes), Payload: it.payload,
 	}
-	if _, err := o.putAside.exec(string(a.Destination), int64(a.Kind), a.Accepted, a.At, a.Reason, it.size, a.Payload); err != nil {
+	if _, err := o.putAside.exec(string(a.Destination), int64(a.Kind), a.Accepted, a.At, a.Reason, size, a.Payload); err != nil {
 		return nil, err
 	}
 	t := &o.totals
 	t.Aside++
-	t.AsideBytes += it.size
+	t.AsideBytes += size
 	for t.Aside > int64(o.opt.MaxAside) || t.AsideBytes > o.opt.MaxAsideBytes && t.Aside > 1 {
 		cut, err := o.deleteAside(o.cutAside)
 		if err != nil {
@@ -48,14 +51,13 @@ func (o *outbox) setAside(d *dest, it *queued, now int64, reason string) (*Aside
 	return a, nil
 }
 
-// deleteAside runs a statement that deletes rows and returns their sizes.
+// deleteAside runs a statement that deletes rows and returns their sizes. One that is
+// damaged makes the totals wrong, which is no reason to keep Pack from its work.
 func (o *outbox) deleteAside(s *stmt, args ...driver.Value) (cut KindTotal, err error) {
 	err = s.query(func(vals []driver.Value) error {
-		var size int64
-		err := scan(vals, &size)
 		cut.Items++
-		cut.Bytes += size
-		return err
+		cut.Bytes += number(vals[0])
+		return nil
 	}, args...)
 	o.totals.Aside -= cut.Items
 	o.totals.AsideBytes -= cut.Bytes

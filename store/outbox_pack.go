@@ -17,8 +17,8 @@ import (
 // way, or find that not all fit any more; then what does not is not frozen any
 // more. Receivers know a transaction by its id.
 //
-// Items that have expired are deleted. One that is not of the form that its kind
-// asks for is set aside.
+// Items that have expired are deleted. One that is damaged, or not of the form that its
+// kind asks for, is set aside.
 type Pack struct {
 	Destination matrix.ServerName
 	// NewID is the id if it is a new transaction, 1 to MaxTxnID bytes.
@@ -45,6 +45,7 @@ type PackResult struct {
 	Items    []int64    // their numbers, in the order of packing
 	Expired  KindTotals // deleted
 	SetAside int
+	Damaged  int // those of SetAside that are damaged in the file
 	// Destination is what is pending afterwards, the above included.
 	Destination Destination
 }
@@ -77,13 +78,12 @@ func (p *Pack) apply(o *outbox) (int64, error) {
 		} else {
 			w.part = d.parts[0]
 		}
-		if w.part.ID == "" {
-			w.part.ID, w.part.At, changed = p.NewID, p.Now, true
+		again := w.part.ID != ""
+		if !again {
+			w.part.ID, w.part.At = p.NewID, p.Now
 			if w.part.Max == 0 {
 				w.part.Max = p.MaxBytes
 			}
-		} else {
-			p.Result.Again = true
 		}
 		b := matrix.NewBuilder(p.Origin, w.part.Max)
 		if fresh {
@@ -100,13 +100,16 @@ func (p *Pack) apply(o *outbox) (int64, error) {
 		}
 		rows += n
 		changed = changed || n > 0
-		if b.Empty() {
-			if fresh {
-				changed = n > 0
-				break
+		if b.Empty() && fresh {
+			if d.Kinds != (KindTotals{}) {
+				// Either more has expired than goes in one step, or the totals are wrong,
+				// after a shell or a .recover: then this would come again for ever.
+				d.uncounted, changed = true, true
 			}
+			break
+		}
+		if b.Empty() {
 			d.parts, changed = d.parts[1:], true // nothing of it could be packed
-			p.Result.Again = false
 			continue
 		}
 		if fresh {
@@ -116,6 +119,8 @@ func (p *Pack) apply(o *outbox) (int64, error) {
 			changed = changed || w.packed.totals() != d.parts[0].totals()
 			d.parts[0] = w.packed
 		}
+		changed = changed || !again
+		p.Result.Again = again
 		p.Result.ID, p.Result.At = w.packed.ID, w.packed.At
 		p.Result.PDUs, p.Result.EDUs = b.Counts()
 		p.Result.Kinds = w.packed.totals()
@@ -181,14 +186,13 @@ func (w *packing) takeFrozen(b *matrix.Builder) error {
 }
 
 func (w *packing) take(b *matrix.Builder, it *queued) error {
+	if it.damage != "" {
+		return w.refuse(it)
+	}
 	fits, err := b.Add(it.kind, it.payload, w.part.At-it.accepted)
 	switch {
 	case errors.Is(err, matrix.ErrItem):
-		w.bad = append(w.bad, *it)
-		if len(w.bad) >= maxTrim {
-			return errStop
-		}
-		return nil
+		return w.refuse(it)
 	case err != nil:
 		return err
 	case !fits:
@@ -198,6 +202,15 @@ func (w *packing) take(b *matrix.Builder, it *queued) error {
 	w.result.Items = append(w.result.Items, it.seq)
 	if w.result.Oldest == 0 || it.accepted < w.result.Oldest {
 		w.result.Oldest = it.accepted
+	}
+	return nil
+}
+
+// refuse notes an item that cannot be packed.
+func (w *packing) refuse(it *queued) error {
+	w.bad = append(w.bad, *it)
+	if len(w.bad) >= maxTrim {
+		return errStop
 	}
 	return nil
 }
@@ -212,7 +225,12 @@ func (w *packing) clear() (rows int64, err error) {
 		w.result.Expired.add(it.kind, 1, it.size)
 	}
 	for i := range w.bad {
-		if _, err := w.setAside(w.dest, &w.bad[i], w.part.At, "not of the form that its kind asks for"); err != nil {
+		it, reason := &w.bad[i], "not of the form that its kind asks for"
+		if it.damage != "" {
+			reason = string(it.damage)
+			w.result.Damaged++
+		}
+		if _, err := w.setAside(w.dest, it, w.part.At, reason); err != nil {
 			return 0, err
 		}
 		w.result.SetAside++

@@ -117,8 +117,11 @@ func (s *Store) LoadItems(ctx context.Context, name matrix.ServerName, f func(Pe
 		}
 		return c.query(ctx, rowsQuery+"WHERE i.dest = ?1 ORDER BY i.lane, i.seq", []driver.Value{d.id}, func(vals []driver.Value) error {
 			it, err := scanItem(vals)
+			if err == nil {
+				err = it.err()
+			}
 			if err != nil {
-				return fmt.Errorf("item %d: %w", it.seq, err)
+				return err
 			}
 			p := PendingItem{
 				ID: it.seq, Kind: it.kind, Size: it.size, Accepted: it.accepted,

@@ -2,6 +2,7 @@ package store
 
 import (
 	"database/sql/driver"
+	"errors"
 	"fmt"
 
 	"fsbus/bus/matrix"
@@ -41,6 +42,10 @@ func (e *Expire) apply(o *outbox) (rows int64, err error) {
 	var dests []*dest
 	if err := o.dests.query(func(vals []driver.Value) error {
 		d, err := scanDest(vals)
+		if errors.Is(err, ErrDamagedRow) {
+			// It is for all destinations: nothing to do for this one.
+			d, err = &dest{id: number(vals[0])}, nil
+		}
 		dests = append(dests, d)
 		return err
 	}, e.After, int64(expireDests)); err != nil {

@@ -180,6 +180,14 @@ var migrations = []string{
 		txn  INTEGER NOT NULL,
 		PRIMARY KEY (gen, hash, txn)
 	) STRICT, WITHOUT ROWID;`,
+
+	// 5: what holds for the whole database. So far that is server_name, the name of
+	// the homeserver that it belongs to: the outbox has items without their origin,
+	// which is written when they are packed. There is no row until a name is known.
+	`CREATE TABLE meta (
+		name  TEXT NOT NULL PRIMARY KEY,
+		value TEXT NOT NULL
+	) STRICT, WITHOUT ROWID;`,
 }
 
 // migrate brings the file to schema len(steps), one transaction for each step,

@@ -46,9 +46,9 @@ func openConn(path string) (*conn, error) {
 	return &conn{raw: raw.(rawConn)}, nil
 }
 
-// exec runs one or more statements without parameters.
-func (c *conn) exec(ctx context.Context, query string) error {
-	_, err := c.raw.ExecContext(ctx, query, nil)
+// exec runs one statement, or several without parameters.
+func (c *conn) exec(ctx context.Context, query string, args ...driver.Value) error {
+	_, err := c.raw.ExecContext(ctx, query, named(nil, args))
 	return err
 }
 
@@ -100,7 +100,8 @@ func value[T int64 | string](ctx context.Context, c *conn, query string) (v T, e
 }
 
 // scan copies a row into the variables that dst points at. A value of another
-// type than expected can only come from a damaged file: tables are STRICT.
+// type than expected can only come from a damaged file: tables are STRICT. Then the
+// error is ErrDamagedRow.
 func scan(vals []driver.Value, dst ...any) error {
 	if len(vals) != len(dst) {
 		panic(fmt.Sprintf("store: %d columns into %d variables", len(vals), len(dst)))
@@ -118,7 +119,7 @@ func scan(vals []driver.Value, dst ...any) error {
 			panic(fmt.Sprintf("store: cannot scan into %T", d))
 		}
 		if !ok {
-			return fmt.Errorf("%w: column %d holds a %T", ErrCorrupt, i, v)
+			return fmt.Errorf("%w: column %d holds a %T", ErrDamagedRow, i, v)
 		}
 	}
 	return nil

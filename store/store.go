@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"fsbus/bus/matrix"
 )
 
 // Defaults of Options.
@@ -56,6 +58,10 @@ type Options struct {
 	// directory above is not. SQLite adds files named Path-wal and Path-shm,
 	// the store Path.lock.
 	Path string
+	// ServerName is the homeserver's name, in which all is sent. It is stored, and
+	// Open returns ErrOtherServer where it is not the one that was stored before, to
+	// the letter, and something is pending. "" checks nothing and stores nothing.
+	ServerName matrix.ServerName
 	// CacheBytes bounds the writer's page cache, DefaultCacheBytes. It lies
 	// outside of Go's heap, and so outside of GOMEMLIMIT.
 	CacheBytes int64

@@ -23,9 +23,9 @@ import (
 //
 // The struct is also the schema: the toml tag names the key, range the values
 // that a number, a size or a time may have, oneof those that a text may have,
-// eg an example for a key whose default is none, fit how far a default is lowered
-// for MemoryLimit, and a key tagged reload is applied without a restart. config.example.toml shows every key; a test keeps
-// it and this struct the same.
+// eg an example for a key whose default is none, fit that a default follows other limits,
+// and how far it is lowered for MemoryLimit, and a key tagged reload is applied without a
+// restart. config.example.toml shows every key; a test keeps it and this struct the same.
 type Config struct {
 	// DataDir is the folder of the database and of the spool. It is made if it
 	// is missing, but the folder above it is not. Default "/var/lib/fsbus". It
@@ -38,7 +38,7 @@ type Config struct {
 	// adds up to more, limits that stand at their defaults and have a fit tag are
 	// lowered; if that does not do, it does not start. Default 64 MiB. A higher limit
 	// alone uses no more memory: it makes room for higher limits below.
-	MemoryLimit sched.Bytes `toml:"memory_limit" range:"16MiB..1024GiB"`
+	MemoryLimit sched.Bytes `toml:"memory_limit" range:"28MiB..1024GiB"`
 	// LogLevel is the least serious message that is logged. Default "info".
 	// "debug" writes some lines for each request, which an SD card feels.
 	LogLevel string `toml:"log_level" oneof:"debug info warn error" reload:"yes"`
@@ -60,7 +60,9 @@ type Config struct {
 	Federation FederationConfig `toml:"federation"`
 	Status     StatusConfig     `toml:"status"`
 
-	lowered []string // limits that fit has lowered, with their values
+	file     string   // the configuration's own, absolute; "" if it is none
+	followed []string // limits that fit has set to go with others, with their values
+	lowered  []string // limits that fit has lowered for MemoryLimit, the same
 }
 
 // HomeserverConfig says whose traffic it is.
@@ -118,10 +120,11 @@ type OutboundConfig struct {
 	// 100. Each costs 88 KiB, seven goroutines and two file descriptors.
 	Workers int `toml:"workers" range:"8..2048" fit:"16"`
 	// UnknownHosts is how many of the workers may wait for servers that have
-	// not answered yet. Default 72. After a start all servers are such.
+	// not answered yet. Default 72, of fewer Workers the same part. After a start all
+	// servers are such.
 	UnknownHosts int `toml:"unknown_hosts" range:"1..2048" reload:"yes" fit:"8"`
 	// FailingHosts is how many of the workers may wait for servers whose last
-	// attempt failed. Default 16.
+	// attempt failed. Default 16, of fewer Workers the same part.
 	FailingHosts int `toml:"failing_hosts" range:"1..2048" reload:"yes" fit:"3"`
 	// HostConcurrency is how many requests to one server run at a time.
 	// Default 4. A Synapse works on 3 of one origin at a time. Requests for keys
@@ -136,8 +139,8 @@ type OutboundConfig struct {
 	// HostRate holds. Default 3.
 	HostBurst int `toml:"host_burst" range:"1..1000" reload:"yes"`
 	// MaxHosts is how many servers are remembered, more than
-	// Front.MaxConnections and three times Workers together and 4. Default 5600. Each costs
-	// 768 bytes.
+	// Front.MaxConnections and three times Workers together and 4. Default 5600, or
+	// what these two need. Each costs 768 bytes.
 	MaxHosts int `toml:"max_hosts" range:"100..1000000" fit:"600"`
 	// ConnectTimeout bounds connecting to one address of a server. Default 5 s.
 	// A worker is busy for as long with a server that is gone, at most 30 s
@@ -419,20 +422,48 @@ const maxConfigFile = sched.MiB
 // disk. Its error consists of *ConfigError: all that is wrong, joined, in the
 // order of their lines.
 func Load(path string) (*Config, error) {
-	abs, err := filepath.Abs(path)
+	abs, text, err := readConfig(path)
 	if err != nil {
-		return nil, &ConfigError{File: path, Problem: reason(err), Want: "the path of a configuration file"}
+		return nil, err
 	}
-	text, err := readSmall(abs, maxConfigFile)
+	c, err := parseConfig(path, filepath.Dir(abs), text)
+	if err == nil {
+		c.file = abs
+	}
+	return c, err
+}
+
+// LoadAddresses is Load for whoever wants to talk to a bus that runs already. Of what it
+// returns only DataDir and Status count: nothing else is checked, and no file is read
+// beside the configuration, as that user need not be allowed to read the secret.
+func LoadAddresses(path string) (*Config, error) {
+	abs, text, err := readConfig(path)
 	if err != nil {
-		return nil, &ConfigError{File: path, Problem: reason(err), Want: "a configuration file, such as config.example.toml"}
+		return nil, err
 	}
-	return parseConfig(path, filepath.Dir(abs), string(text))
+	return parse(path, filepath.Dir(abs), text, (*checker).checkAddresses)
+}
+
+// readConfig reads the configuration file at path, and returns its absolute path too.
+func readConfig(path string) (abs, text string, err error) {
+	if abs, err = filepath.Abs(path); err != nil {
+		return "", "", &ConfigError{File: path, Problem: reason(err), Want: "the path of a configuration file"}
+	}
+	b, err := readSmall(abs, maxConfigFile)
+	if err != nil {
+		return "", "", &ConfigError{File: path, Problem: reason(err), Want: "a configuration file, such as config.example.toml"}
+	}
+	return abs, string(b), nil
 }
 
 // parseConfig is Load for the text of a file that lies in dir. Errors call the
 // file name.
 func parseConfig(name, dir, text string) (*Config, error) {
+	return parse(name, dir, text, (*checker).check)
+}
+
+// parse reads a text and has it checked.
+func parse(name, dir, text string, check func(*checker)) (*Config, error) {
 	doc, err := parseDocument(text)
 	if err != nil {
 		return nil, syntaxError(name, text, err)
@@ -440,7 +471,7 @@ func parseConfig(name, dir, text string) (*Config, error) {
 	c := DefaultConfig()
 	k := &checker{file: name, dir: dir, doc: doc, c: &c}
 	k.decode()
-	k.check()
+	check(k)
 	if err := k.err(); err != nil {
 		return nil, err
 	}

@@ -66,7 +66,21 @@ func (k *checker) badAt(path toml.Key, problem, want string) {
 	if len(k.errs) >= maxMistakes {
 		return
 	}
+	if k.isMissingCredential(path) {
+		want += "; systemd puts it there while the service runs, readable for root and the service only"
+	}
 	k.errs = append(k.errs, &ConfigError{k.file, k.doc.line(path), clean(path.String()), problem, want})
+}
+
+// credentials is where systemd puts what LoadCredential= names.
+const credentials = "/run/credentials/"
+
+// isMissingCredential reports whether the value of a key is the path of a credential
+// that cannot be read now.
+func (k *checker) isMissingCredential(key toml.Key) bool {
+	v, _ := k.doc.value(key)
+	path, _ := v.(string)
+	return strings.HasPrefix(path, credentials) && unix.Access(path, unix.R_OK) != nil
 }
 
 // err returns all that was reported, in the order of the lines.
@@ -100,6 +114,19 @@ func (k *checker) check() {
 		k.core()
 		k.memory()
 	}
+}
+
+// checkAddresses looks at the values by which a running bus is found, and at no file. It
+// forgets what is wrong with others.
+func (k *checker) checkAddresses() {
+	if k.dataDirPath() && !k.reported("status") {
+		k.status()
+		k.admin()
+	}
+	k.errs = slices.DeleteFunc(k.errs, func(e *ConfigError) bool {
+		section, _, _ := strings.Cut(e.Key, ".")
+		return section != "data_dir" && section != "status"
+	})
 }
 
 // ranges holds every value against the limits in its tag. It reports whether
@@ -178,13 +205,21 @@ func (k *checker) abs(path string) string {
 	return filepath.Join(k.dir, path)
 }
 
-func (k *checker) dataDir() {
-	const key = "data_dir"
+// dataDirPath makes the path absolute. It is false if there is none.
+func (k *checker) dataDirPath() bool {
 	if k.c.DataDir == "" {
-		k.bad(key, "is empty", `the path of a folder, such as data_dir = "/var/lib/fsbus"`)
-		return
+		k.bad("data_dir", "is empty", `the path of a folder, such as data_dir = "/var/lib/fsbus"`)
+		return false
 	}
 	k.c.DataDir = k.abs(k.c.DataDir)
+	return true
+}
+
+func (k *checker) dataDir() {
+	const key = "data_dir"
+	if !k.dataDirPath() {
+		return
+	}
 	// It, or what it will be made in.
 	dir := k.c.DataDir
 	fi, err := os.Stat(dir)
@@ -248,6 +283,29 @@ func (k *checker) front() {
 	}
 }
 
+// serves reports whether who connects to an address, "host:port" or "unix:/path",
+// reaches what listens as spec says.
+func serves(spec, address string) bool {
+	host, port, err := net.SplitHostPort(spec)
+	to, toPort, toErr := net.SplitHostPort(address)
+	if err != nil || toErr != nil || strings.HasPrefix(spec, "unix:") || strings.HasPrefix(address, "unix:") {
+		return spec == address
+	}
+	hostAddr, _ := netip.ParseAddr(host)
+	toAddr, _ := netip.ParseAddr(to)
+	hostAddr, toAddr = hostAddr.Unmap(), toAddr.Unmap()
+	hostLocal, toLocal := host == "localhost" || hostAddr.IsLoopback(), to == "localhost" || toAddr.IsLoopback()
+	switch {
+	case port != toPort:
+		return false
+	case host == "" || hostAddr.IsUnspecified():
+		return toLocal || to == "" || toAddr.IsUnspecified()
+	case host == "localhost" || to == "localhost":
+		return hostLocal && toLocal
+	}
+	return hostAddr == toAddr
+}
+
 // userExists reports whether s is empty, a number or the name of a user.
 func userExists(s string) bool {
 	_, err := user.Lookup(s)
@@ -268,7 +326,8 @@ func isID(s string) bool {
 // listen checks an address to listen on, and returns it with an absolute path.
 // risk is what speaks against an address that other machines can reach.
 func (k *checker) listen(key, spec string, remote bool, risk string) string {
-	const want = `"unix:/path" or "address:port", such as "127.0.0.1:8009"`
+	section, _, _ := strings.Cut(key, ".")
+	want := `"unix:/path" or "address:port", such as "` + map[string]string{"front": "127.0.0.1:8009", "status": "127.0.0.1:8011", "edge": "0.0.0.0:8448"}[section] + `"`
 	if path, ok := strings.CutPrefix(spec, "unix:"); ok {
 		if path == "" || strings.ContainsFunc(path, unicode.IsControl) {
 			k.bad(key, "has "+quote(spec), want)
@@ -297,7 +356,6 @@ func (k *checker) listen(key, spec string, remote bool, risk string) string {
 		return spec
 	}
 	if !addr.IsLoopback() && !remote {
-		section, _, _ := strings.Cut(key, ".")
 		k.bad(key, fmt.Sprintf("other machines can reach %s, and %s", quote(spec), risk),
 			`"unix:/path" or "127.0.0.1:port", or allow_remote = true in [`+section+`] if that network is trusted`)
 	}
@@ -383,7 +441,7 @@ func (k *checker) core() {
 		if k.c.Outbox.has(name) {
 			section = "outbox."
 		}
-		k.bad(section+name, problem, want)
+		k.bad(section+name, problem, want+k.c.orMemory(section+name))
 		switch name {
 		case "unknown_hosts":
 			core.Unknown = 1
@@ -393,6 +451,24 @@ func (k *checker) core() {
 			return
 		}
 	}
+}
+
+// orMemory says what else would be right where what a limit contradicts was not
+// written by anybody, but lowered for MemoryLimit.
+func (c *Config) orMemory(key string) string {
+	beside := map[string][]string{
+		"outbound.unknown_hosts": {"outbound.workers "},
+		"outbound.failing_hosts": {"outbound.workers "},
+		"outbound.max_hosts":     {"outbound.workers ", "front.max_connections "},
+		"edge.origins":           {"edge.requests ", "edge.concurrency ", "edge.parallel "},
+	}[key]
+	lowered := func(name string) bool {
+		return slices.ContainsFunc(c.lowered, func(s string) bool { return strings.HasPrefix(s, name) })
+	}
+	if !slices.ContainsFunc(beside, lowered) {
+		return ""
+	}
+	return ", or a higher memory_limit, for which the others are lowered"
 }
 
 // disk holds what is kept on disk against that of which it is a part.
@@ -531,6 +607,12 @@ func (c *Config) Warnings() []string {
 	case len(c.Front.secret) < shortSecret:
 		warn("the secret has %d characters: use at least %d random ones", len(c.Front.secret), shortSecret)
 	}
+	if c.Front.Secret != "" && openToOthers(c.file) {
+		warn("front.secret: every user of this system can read it in %s: use secret_path, or chmod 640 %s", quote(c.file), clean(c.file))
+	}
+	if path := c.Homeserver.SigningKeyPath; openToOthers(path) {
+		warn("homeserver.signing_key_path: every user of this system can read or change %s, and so speak for the homeserver: chmod 640 %s", quote(path), clean(path))
+	}
 	for _, spec := range c.Front.Listen {
 		if path, ok := strings.CutPrefix(spec, "unix:"); ok {
 			dir := filepath.Dir(path)
@@ -550,6 +632,9 @@ func (c *Config) Warnings() []string {
 	if len(c.lowered) > 0 {
 		warn("memory_limit: %v is less than the defaults need; lowered to fit it: %s", c.MemoryLimit, strings.Join(c.lowered, ", "))
 	}
+	if keys := c.changed("outbox", "outbox.max_disk"); len(keys) > 0 && !c.hasOutbox() { // that one bounds the database in any case
+		warn("%s: set, but without homeserver.signing_key_path nothing is taken over", strings.Join(keys, ", "))
+	}
 	c.edgeWarnings(warn)
 	if len(c.Federation.IPRangeBlocklist) == 0 {
 		warn("federation.ip_range_blocklist is empty: any server can make fsbus connect to private addresses")
@@ -561,6 +646,35 @@ func (c *Config) Warnings() []string {
 		}
 	}
 	return out
+}
+
+// openToOthers reports whether users who are neither the owner of a file nor of its
+// group can read or change it.
+func openToOthers(path string) bool {
+	fi, err := os.Stat(path)
+	return err == nil && fi.Mode().IsRegular() && fi.Mode()&0o006 != 0
+}
+
+// changed returns the keys of a section that do not stand at their defaults, without
+// one of them.
+func (c *Config) changed(section, but string) (keys []string) {
+	d := DefaultConfig()
+	defaults := d.fields()
+	for i, f := range c.fields() {
+		if f.section == section && f.key() != but && !f.equal(defaults[i]) {
+			keys = append(keys, f.key())
+		}
+	}
+	return keys
+}
+
+// Notes returns what Load has made of limits that stand at their defaults, so that they
+// go with those that were set, one sentence each.
+func (c *Config) Notes() []string {
+	if len(c.followed) == 0 {
+		return nil
+	}
+	return []string{"changed to go with what is set: " + strings.Join(c.followed, ", ")}
 }
 
 // fileWarning complains about a limit of open files below what is needed.

@@ -88,7 +88,7 @@ type EdgeConfig struct {
 	// which is the largest that there is.
 	CheckedBody sched.Bytes `toml:"checked_body" range:"1MiB..12800KiB" fit:"2MiB"`
 	// Origins is how many servers are remembered, more than Requests, Concurrency,
-	// Parallel and 256 together. Default 2000. Each costs 400 bytes.
+	// Parallel and 256 together. Default 2000, or what these need. Each costs 400 bytes.
 	Origins int `toml:"origins" range:"100..1000000" fit:"500"`
 
 	// Concurrency is how many transactions the homeserver is given at a time at most,
@@ -251,7 +251,8 @@ func (k *checker) edge(numbersFine bool) {
 		if err := core.Validate(); err != nil { // it begins with the name of the key
 			name, rest, _ := strings.Cut(err.Error(), " ")
 			problem, want, _ := strings.Cut(rest, ", it must be ")
-			k.bad("edge."+strings.TrimSuffix(name, ":"), problem, want)
+			key := "edge." + strings.TrimSuffix(name, ":")
+			k.bad(key, problem, want+k.c.orMemory(key))
 		}
 	}
 }
@@ -318,9 +319,21 @@ func (k *checker) edgeUpstream() {
 		k.bad(key, "is "+quote(c.Upstream)+": "+clean(why), want)
 		return
 	}
-	if host, ok := strings.CutPrefix(c.Upstream, "http://"); ok && slices.Contains(c.Listen, strings.TrimSuffix(host, "/")) {
-		k.bad(key, "is "+quote(c.Upstream)+", which is in edge.listen", "the homeserver's own address")
+	for _, spec := range c.Listen {
+		if serves(spec, c.upstreamAddress()) {
+			k.bad(key, "is "+quote(c.Upstream)+", where edge.listen ("+quote(spec)+") is", "the homeserver's own address")
+			return
+		}
 	}
+}
+
+// upstreamAddress returns Upstream as "unix:/path" or "host:port".
+func (e *EdgeConfig) upstreamAddress() string {
+	address := strings.TrimSuffix(strings.TrimPrefix(e.Upstream, "http://"), "/")
+	if _, _, err := net.SplitHostPort(address); err != nil && !strings.HasPrefix(address, "unix:") {
+		return net.JoinHostPort(strings.Trim(address, "[]"), "80")
+	}
+	return address
 }
 
 func (k *checker) edgeTLS() {
@@ -355,7 +368,13 @@ func (k *checker) edgeTLS() {
 func (c *Config) edgeWarnings(warn func(format string, args ...any)) {
 	e := &c.Edge
 	if !c.hasEdge() {
+		if keys := c.changed("edge", ""); len(keys) > 0 {
+			warn("%s: set, but without edge.listen there is no edge", strings.Join(keys, ", "))
+		}
 		return
+	}
+	if openToOthers(e.TLSPrivateKey) {
+		warn("edge.tls_private_key: every user of this system can read or change %s: chmod 640 %s", quote(e.TLSPrivateKey), clean(e.TLSPrivateKey))
 	}
 	for _, spec := range e.Listen {
 		host, _, err := net.SplitHostPort(spec)

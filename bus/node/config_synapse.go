@@ -9,6 +9,9 @@ import (
 	"strings"
 )
 
+// unitSecret is the file that scripts/fsbus.service passes on as the secret.
+const unitSecret = "/etc/fsbus/secret"
+
 // SynapseConfig returns the lines for homeserver.yaml that make Synapse send
 // its federation requests to the first address of Front.Listen, take those of others
 // from the edge, and ask the bus for keys if it is a notary. For that the notary's key
@@ -29,7 +32,12 @@ func (c *Config) SynapseConfig() (string, error) {
 		fmt.Fprintf(&b, "  fsbus: {host: %s, port: %s}\n", yamlText(host), port)
 	}
 	b.WriteString("outbound_federation_restricted_to: [fsbus]\n")
-	if c.Front.SecretPath != "" {
+	if strings.HasPrefix(c.Front.SecretPath, credentials) {
+		fmt.Fprintf(&b, "# The file that LoadCredential in the systemd unit of fsbus names: the copy that\n"+
+			"# secret_path names is for fsbus alone. Synapse's user must be able to read it.\n"+
+			"# Before Synapse 1.126: worker_replication_secret, with the text in that file.\n"+
+			"worker_replication_secret_path: %s\n", yamlText(unitSecret))
+	} else if c.Front.SecretPath != "" {
 		fmt.Fprintf(&b, "# Before Synapse 1.126: worker_replication_secret, with the text in that file.\n"+
 			"worker_replication_secret_path: %s\n", yamlText(c.Front.SecretPath))
 	} else {
@@ -73,7 +81,15 @@ func (c *Config) edgeListener(b *strings.Builder) {
 		}
 		fmt.Fprintf(b, "#    bind_addresses: [%s]\n#    port: %s\n", yamlText(host), port)
 	}
-	b.WriteString("#    x_forwarded: true\n#    resources: [{names: [federation]}]\n")
+	names := "federation"
+	if c.Edge.PassClient {
+		names = "client, federation"
+	}
+	fmt.Fprintf(b, "#    x_forwarded: true\n#    resources: [{names: [%s]}]\n", names)
+	if !c.Edge.PassClient {
+		b.WriteString("# If clients come to that port, too, leave it its other names, or they are cut off:\n" +
+			"# names: [client, federation].\n")
+	}
 }
 
 // yamlText returns s in double quotes. What Go escapes YAML escapes alike

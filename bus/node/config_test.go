@@ -737,6 +737,8 @@ func TestWarnings(t *testing.T) {
 		{`["127.0.0.1:8009"]`, "[\":8009\"]\nallow_remote = true", `front.listen: ":8009" crosses the network unencrypted, secret included`},
 		{"[homeserver]", "edge.listen = [\":8448\"]\nedge.upstream = \"http://127.0.0.1:8008\"\nmemory_limit = \"128MiB\"\n[homeserver]", `edge.listen: ":8448" is reached without TLS, which other servers do not speak: set tls_certificate and tls_private_key, or listen on 127.0.0.1 behind a proxy`},
 		{"[homeserver]", "edge.listen = [\"127.0.0.1:8448\"]\nedge.upstream = \"http://127.0.0.1:8008\"\nmemory_limit = \"128MiB\"\n[homeserver]", `edge.trusted_proxies is empty: without it all that comes through a proxy at "127.0.0.1:8448" counts as one address`},
+		{"[homeserver]", "edge.upstream = \"http://127.0.0.1:8008\"\nedge.origins = 3000\n[homeserver]", "edge.upstream, edge.origins: set, but without edge.listen there is no edge"},
+		{"[homeserver]", "outbox.ack_hold = \"30s\"\noutbox.max_disk = \"1GiB\"\n[homeserver]", "outbox.ack_hold: set, but without homeserver.signing_key_path nothing is taken over"},
 		{"[homeserver]", "federation.ip_range_blocklist = []\n[homeserver]", "federation.ip_range_blocklist is empty: any server can make fsbus connect to private addresses"},
 	} {
 		c := mustParse(t, strings.Replace(minimal, tt.from, tt.to, 1))
@@ -751,6 +753,120 @@ func TestWarnings(t *testing.T) {
 	const want = "the system allows 1024 open files, and 5656 may be needed: raise LimitNOFILE in the systemd unit (or ulimit -n), or lower front.max_connections"
 	if w := fileWarning(5656, 1024); w != want {
 		t.Errorf("too few files: %q, want %q", w, want)
+	}
+}
+
+// Files with secrets that everybody can read are complained about.
+func TestWarningsAboutOpenFiles(t *testing.T) {
+	dir := t.TempDir()
+	keyFile(t, dir, 7)
+	certFiles(t, dir, "example.org")
+	path := filepath.Join(dir, "fsbus.toml")
+	text := "memory_limit = \"128MiB\"\nhomeserver.signing_key_path = \"signing.key\"\nedge.listen = \"127.0.0.1:8448\"\nedge.upstream = \"http://127.0.0.1:8008\"\n" +
+		"edge.tls_certificate = \"cert.pem\"\nedge.tls_private_key = \"key.pem\"\n" + minimal
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	files := []string{path, filepath.Join(dir, "signing.key"), filepath.Join(dir, "key.pem")}
+	warnings := func() string {
+		t.Helper()
+		c, err := Load(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Join(slices.DeleteFunc(c.Warnings(), func(s string) bool { return strings.Contains(s, "open files") }), "\n")
+	}
+	for i, want := range []string{
+		"front.secret: every user of this system can read it in " + quote(path),
+		"homeserver.signing_key_path: every user of this system can read or change " + quote(files[1]),
+		"edge.tls_private_key: every user of this system can read or change " + quote(files[2]),
+	} {
+		for _, f := range files {
+			if err := os.Chmod(f, 0o640); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := warnings(); got != "" {
+			t.Errorf("with mode 0640: %s", got)
+		}
+		if err := os.Chmod(files[i], 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got := warnings(); !strings.HasPrefix(got, want) || strings.Contains(got, "\n") {
+			t.Errorf("got %s\nwant %s", got, want)
+		}
+	}
+}
+
+// Who asks a running bus needs neither its secrets nor a configuration that is right in
+// all else, but is told what is wrong with where it is.
+func TestLoadAddresses(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "fsbus.toml")
+	for _, tt := range []struct{ text, want string }{ // want is the error, or both addresses
+		{"[front]\nsecret_path = \"missing\"\n[edge]\nlisten = \"nonsense\"\nunknown = 1\n[outbound]\nworkers = 0\n", "127.0.0.1:8011 /var/lib/fsbus/admin.sock"},
+		{"data_dir = \"/no/such/folder\"\n[status]\nlisten = \"unix:s\"\n", "unix:" + dir + "/s /no/such/folder/admin.sock"},
+		{"data_dir = \"d\"\nstatus.admin = \"\"\n", "127.0.0.1:8011 "},
+		{"data_dir = \"\"\n", path + `:1: data_dir: is empty; want the path of a folder, such as data_dir = "/var/lib/fsbus"`},
+		{"data_dir = 5\nmemory_limit = 5\n", path + `:1: data_dir: is a bare number; want text in quotes, such as data_dir = "/var/lib/fsbus"`},
+		{"status = 5\n", path + `:1: status: is a bare number; want a line [status] with its keys below`},
+		{"[status]\nlisten = \"8011\"\n", path + `:2: status.listen: has "8011"; want "unix:/path" or "address:port", such as "127.0.0.1:8011"`},
+		{"[status]\nadmni = \"\"\n", path + `:2: status.admni: there is no such key; want status.admin`},
+		{"[status]\nadmin = \"127.0.0.1:1\"\n", path + `:2: status.admin: is "127.0.0.1:1", and only a unix socket says who may connect: the queue can be deleted there; want "unix:/path", or "" for none`},
+		{"data_dir\n", path + `:1: data_dir: expected '.' or '=', but got '\n' instead; want text in quotes, such as data_dir = "/var/lib/fsbus"`},
+	} {
+		if err := os.WriteFile(path, []byte(tt.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := LoadAddresses(path)
+		got := ""
+		if err != nil {
+			got = err.Error()
+		} else {
+			got = c.Status.Listen + " " + c.adminSocket()
+		}
+		if got != tt.want {
+			t.Errorf("%q: got %s, want %s", tt.text, got, tt.want)
+		}
+	}
+	if _, err := LoadAddresses(filepath.Join(dir, "no.toml")); err == nil || !strings.Contains(err.Error(), "no such file or directory") {
+		t.Errorf("a file that is not there: %v", err)
+	}
+}
+
+func TestServes(t *testing.T) {
+	for _, tt := range []struct {
+		spec, address string
+		want          bool
+	}{
+		{"127.0.0.1:8448", "127.0.0.1:8448", true},
+		{"127.0.0.1:8448", "127.0.0.1:8008", false},
+		{"127.0.0.1:8448", "localhost:8448", true},
+		{"localhost:8448", "[::1]:8448", true},
+		{"[::ffff:127.0.0.1]:8448", "127.0.0.1:8448", true},
+		{"127.0.0.1:8448", "127.0.0.2:8448", false},
+		{"10.0.0.1:8448", "localhost:8448", false},
+		{":8448", "localhost:8448", true},
+		{"0.0.0.0:8448", "127.0.0.1:8448", true},
+		{"[::]:8448", "10.0.0.1:8448", false}, // perhaps another machine
+		{":8009", "[::]:8009", true},
+		{"127.0.0.1:8009", "[::]:8009", false},
+		{"127.0.0.1:8009", "synapse:8009", false},
+		{"unix:/run/a", "unix:/run/a", true},
+		{"unix:/run/a", "unix:/run/b", false},
+		{"unix:/run/a:80", "127.0.0.1:80", false},
+		{"127.0.0.1:80", "unix:/run/a:80", false},
+	} {
+		if got := serves(tt.spec, tt.address); got != tt.want {
+			t.Errorf("%s serves %s: %t, want %t", tt.spec, tt.address, got, tt.want)
+		}
+	}
+	for upstream, want := range map[string]string{
+		"http://127.0.0.1:8008": "127.0.0.1:8008", "http://localhost/": "localhost:80", "http://[::1]": "[::1]:80", "unix:/run/s": "unix:/run/s",
+	} {
+		if got := (&EdgeConfig{Upstream: upstream}).upstreamAddress(); got != want {
+			t.Errorf("%s is at %s, want %s", upstream, got, want)
+		}
 	}
 }
 
@@ -780,6 +896,13 @@ outbound_federation_restricted_to: [fsbus]
 # Before Synapse 1.126: worker_replication_secret, with the text in that file.
 worker_replication_secret_path: "/etc/fsbus/secret"
 `},
+		{"unix:/run/fsbus/fsbus.sock", "/run/credentials/fsbus.service/secret", head + `path: "/run/fsbus/fsbus.sock"}
+outbound_federation_restricted_to: [fsbus]
+# The file that LoadCredential in the systemd unit of fsbus names: the copy that
+# secret_path names is for fsbus alone. Synapse's user must be able to read it.
+# Before Synapse 1.126: worker_replication_secret, with the text in that file.
+worker_replication_secret_path: "/etc/fsbus/secret"
+`},
 		{"127.0.0.1:8009", "", head + `host: "127.0.0.1", port: 8009` + inline},
 		{"[::1]:8009", "", head + `host: "::1", port: 8009` + inline},
 		{"localhost:8009", "", head + `host: "localhost", port: 8009` + inline},
@@ -803,6 +926,8 @@ func TestSynapseConfigOfAnEdge(t *testing.T) {
 %s
 #    x_forwarded: true
 #    resources: [{names: [federation]}]
+# If clients come to that port, too, leave it its other names, or they are cut off:
+# names: [client, federation].
 `
 	for homeserver, lines := range map[string]string{
 		"http://127.0.0.1:8008":  `#    bind_addresses: ["127.0.0.1"]` + "\n#    port: 8008",
@@ -815,6 +940,10 @@ func TestSynapseConfigOfAnEdge(t *testing.T) {
 		c.Edge.Listen, c.Edge.Upstream = []string{":8448"}, homeserver
 		if got, want := synapseConfig(t, &c), fmt.Sprintf(want, lines); !strings.HasSuffix(got, want) {
 			t.Errorf("%s: got\n%s\nwant at the end\n%s", homeserver, got, want)
+		}
+		c.Edge.PassClient = true
+		if got, want := synapseConfig(t, &c), "resources: [{names: [client, federation]}]\n"; !strings.HasSuffix(got, want) {
+			t.Errorf("%s, with clients: got\n%s\nwant at the end\n%s", homeserver, got, want)
 		}
 	}
 }

@@ -262,7 +262,7 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 		}
 	}()
 	n.store, err = store.Open(ctx, store.Options{
-		Path: filepath.Join(cfg.DataDir, "fsbus.db"), Logger: log, Fault: h.fault,
+		Path: filepath.Join(cfg.DataDir, "fsbus.db"), ServerName: cfg.Homeserver.ServerName, Logger: log, Fault: h.fault,
 		// A batch for each request and each queue, and for each worker, at
 		// worst. What waits is small: transactions lie in the spool.
 		QueueLen:   int(cfg.Front.MaxConnections) + int(cfg.Outbound.MaxHosts) + int(cfg.Outbound.Workers) + 16,
@@ -555,29 +555,74 @@ type listeners struct {
 	edge   []net.Listener
 }
 
-// listen opens what the configuration names, or takes what systemd passes: a
-// socket named "status" is the status page's, those named "edge" are for other
-// servers, all others are the front's.
-func (n *Node) listen(cfg *Config) (l listeners, err error) {
-	defer func() {
-		if err != nil {
-			l.close()
+// passed sorts what systemd passes by its FileDescriptorName=. What is not named is
+// the front's, as the one that everybody has; a name that means nothing is refused, so
+// that a socket that was meant for other servers is not given to the homeserver. It closes
+// none of them.
+func (c *Config) passed(sockets []netx.NamedListener) (l listeners, err error) {
+	for _, s := range sockets {
+		switch {
+		case s.Name == "front" || s.Name == "unknown":
+			l.front = append(l.front, s.Listener)
+		case s.Name == "status" && l.status == nil:
+			l.status = s.Listener
+		case s.Name == "status":
+			return l, errors.New("systemd passes two sockets named \"status\", and the status page has one")
+		case s.Name == "edge" && c.hasEdge():
+			l.edge = append(l.edge, s.Listener)
+		case s.Name == "edge":
+			return l, fmt.Errorf("systemd passes a socket named \"edge\" (%s), but edge.listen is not set, so there is no edge", address(s))
+		default:
+			return l, fmt.Errorf("systemd passes a socket named %q (%s): write FileDescriptorName=front, edge or status into its unit, which says what it is for", s.Name, address(s))
 		}
-	}()
-	passed, err := netx.SystemdListeners()
+	}
+	return l, nil
+}
+
+// elsewhere says which addresses of the configuration are not those of the sockets that
+// systemd has passed in their place. Other commands go by the configuration.
+func elsewhere(key string, specs []string, passed ...net.Listener) (warnings []string) {
+	for _, spec := range specs {
+		there := func(ln net.Listener) bool { return serves(spec, address(ln)) }
+		if len(passed) > 0 && !slices.ContainsFunc(passed, there) {
+			warnings = append(warnings, fmt.Sprintf("%s names %s, but systemd passes %s, which is used: set %s to that", key, quote(spec), address(passed[0]), key))
+		}
+	}
+	return warnings
+}
+
+// address returns where ln is, as the configuration has it.
+func address(ln net.Listener) string {
+	if a := ln.Addr(); a.Network() != "unix" {
+		return a.String()
+	}
+	return "unix:" + ln.Addr().String()
+}
+
+// listen takes what systemd passes, and for what it does not pass opens what the
+// configuration names.
+func (n *Node) listen(cfg *Config) (l listeners, err error) {
+	sockets, err := netx.SystemdListeners()
 	if err != nil {
 		return l, err
 	}
-	for _, p := range passed {
-		switch {
-		case p.Name == "status":
-			l.status = p.Listener
-			continue
-		case p.Name == "edge" && n.edge != nil:
-			l.edge = append(l.edge, p.Listener)
-			continue
+	defer func() {
+		if err != nil {
+			l.close()
+			for _, s := range sockets {
+				s.Close()
+			}
 		}
-		l.front = append(l.front, p.Listener)
+	}()
+	if l, err = cfg.passed(sockets); err != nil {
+		return l, err
+	}
+	warnings := elsewhere("front.listen", cfg.Front.Listen, l.front...)
+	if l.status != nil {
+		warnings = append(warnings, elsewhere("status.listen", []string{cfg.Status.Listen}, l.status)...)
+	}
+	for _, w := range warnings {
+		n.log.Warn(w)
 	}
 	if len(l.front) == 0 {
 		for _, spec := range cfg.Front.Listen {

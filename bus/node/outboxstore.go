@@ -49,6 +49,8 @@ func (n *Node) noteCommit(op store.OutboxOp, err error) {
 		n.notable.write(slog.LevelWarn, "the outbox has no room for a transaction; the homeserver keeps it", slog.Any("error", err))
 	case errors.Is(err, store.ErrInvalid):
 		n.notable.write(slog.LevelError, "the store refuses what it should take", slog.Any("error", err))
+	case errors.Is(err, store.ErrDamagedRow):
+		n.notable.write(slog.LevelError, "a row of the database is damaged", slog.Any("error", err), slog.String("operation", op.String()))
 	default:
 		n.trouble.commit(err)
 		if err != nil {
@@ -102,6 +104,10 @@ func (n *Node) pack(e bus.Pack) {
 			return event{Event: ev}
 		}
 		ev.Expired, ev.SetAside, ev.Backlog = countsOf(r.Expired), int32(r.SetAside), backlogOf(r.Destination)
+		if r.SetAside > 0 {
+			n.notable.write(slog.LevelError, "items are set aside: they cannot be sent (fsbus queue aside shows them)",
+				slog.String("destination", string(e.Dest)), slog.Int("items", r.SetAside), slog.Int("damaged", r.Damaged))
+		}
 		if r.ID == "" {
 			return event{Event: ev}
 		}

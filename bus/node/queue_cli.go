@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"fsbus/bus/matrix"
 )
 
 // DefaultPath is where the configuration is looked for.
@@ -107,6 +109,14 @@ func Queue(ctx context.Context, term Terminal, args []string) error {
 		sub, args = args[0], args[1:]
 		name += " " + sub
 	}
+	if sub == "help" {
+		name, sub = "fsbus queue", ""
+		if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+			sub = args[0]
+			name += " " + sub
+		}
+		args = []string{"-h"}
+	}
 	command, ok := queueCommands[sub]
 	if !ok || name == "fsbus queue " {
 		fmt.Fprintf(term.Err, "fsbus: unknown command %q\n\n%s", name, queueAbout)
@@ -171,7 +181,15 @@ func (c *queueCommand) destination(args []string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return rest[0], nil
+	return rest[0], c.checkName(rest[0])
+}
+
+// checkName says what is wrong with a destination, before anybody is asked about it.
+func (c *queueCommand) checkName(name string) error {
+	if _, err := matrix.ParseServerName(name); err != nil {
+		return c.misused("%q is not a server's name: %v", name, err)
+	}
+	return nil
 }
 
 func (c *queueCommand) jsonFlag(what string) {
@@ -234,6 +252,9 @@ func (c *queueCommand) flush(args []string) error {
 	}
 	q := url.Values{"all": {"true"}}
 	if !*all {
+		if err := c.checkName(rest[0]); err != nil {
+			return err
+		}
 		q = url.Values{"destination": rest}
 	}
 	var f flushed
@@ -448,7 +469,7 @@ func (c *queueCommand) ask(method, path string, q url.Values, read func(io.Reade
 // socket returns the path of the admin's socket.
 func (c *queueCommand) socket() (string, error) {
 	if *c.address == "" {
-		cfg, err := Load(*c.config)
+		cfg, err := LoadAddresses(*c.config)
 		if err != nil {
 			fmt.Fprintln(c.term.Err, err)
 			return "", ErrUsage

@@ -187,7 +187,11 @@ ID  KIND      SIZE  AGE    EXPIRES
 		t.Errorf("%s", out)
 	}
 	a.fails("nothing is known of nobody.test", "show", "nobody.test")
-	a.fails(`"not a name" is not a server's name`, "show", "not a name")
+	for _, args := range [][]string{{"show", "not a name"}, {"flush", "not a name"}, {"hold", "not a name"}, {"drop", "not a name", "-all", "-yes"}, {"explain", "not a name"}} {
+		if _, errOut, err := a.run(args...); !errors.Is(err, ErrUsage) || !strings.Contains(errOut, `"not a name" is not a server's name`) {
+			t.Errorf("%s: %v, %s", args, err, errOut)
+		}
+	}
 }
 
 func TestQueueShowIsCut(t *testing.T) {
@@ -254,6 +258,18 @@ The answers to the homeserver: the homeserver has waited for one for 3s; it is i
 		t.Errorf("got\n%swant\n%s", b.String(), want)
 	}
 	a.fails("nothing is known of nobody.test", "explain", "nobody.test")
+
+	s.Host.Failures, s.Host.FailingFor = 1, 300
+	b.Reset()
+	if err := writeExplain(&b, &s, adminNow.Std()); err != nil || !strings.Contains(b.String(), "The server: the last attempt failed, 5m0s ago: refused (connect: connection refused). Its rank") {
+		t.Errorf("one failure: %v, %s", err, &b)
+	}
+	show := queueShow{showHead: s}
+	show.LastError, show.Failures = "refused", 1
+	b.Reset()
+	if err := writeShow(&b, &show); err != nil || !strings.Contains(b.String(), "refused (1 failure, tried 1m30s ago)") {
+		t.Errorf("one failure: %v, %s", err, &b)
+	}
 }
 
 func TestQueueFlushHoldRelease(t *testing.T) {

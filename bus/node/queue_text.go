@@ -85,7 +85,11 @@ func writeShow(w io.Writer, s *queueShow) error {
 		line("why", "%s", printable(s.Why))
 	}
 	if s.LastError != "" {
-		line("last error", "%s (%s in a row%s)", printable(s.LastError), count(int64(s.Failures), "failure"), s.lastTry())
+		inARow := ""
+		if s.Failures != 1 {
+			inARow = " in a row"
+		}
+		line("last error", "%s (%s%s%s)", printable(s.LastError), count(int64(s.Failures), "failure"), inARow, s.lastTry())
 	}
 	if s.NextTryIn > 0 {
 		line("next try", "in %s", span(s.NextTryIn))
@@ -185,6 +189,8 @@ func writeExplain(w io.Writer, s *showHead, now time.Time) error {
 	switch h := s.Host; {
 	case h == nil:
 		say("fsbus has not talked to it lately, so it does not know whether it answers.")
+	case h.Failures == 1:
+		say("the last attempt failed, %s ago: %s.", span(h.FailingFor), printable(h.LastError))
 	case h.Failures > 0:
 		say("%s in a row have failed, for %s. The last one: %s.", count(int64(h.Failures), "attempt"), span(h.FailingFor), printable(h.LastError))
 	case h.LastError != "":

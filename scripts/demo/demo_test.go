@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"fsbus/bus/node"
 	"fsbus/scripts/fedload"
 	"fsbus/scripts/fedsim/sim"
 	"fsbus/scripts/rig"
@@ -60,6 +61,15 @@ func TestWrongAnswersAreTold(t *testing.T) {
 	}
 	if silent := newTraffic(quickPlan, &rig.Federation{World: emptyWorld(t)}, nil, nil).wrong(); len(silent) != 6 {
 		t.Errorf("nothing was asked, which is wrong: %q", silent)
+	}
+}
+
+func TestTableSaysWhatIsAllowed(t *testing.T) {
+	v := &view{peaks: new(rig.Peaks)}
+	v.last.Report = &node.Report{RateLimits: node.RateLimits{HandshakesPerSecond: 100, HostRate: 7, HostConcurrency: 4}}
+	text := table(newTraffic(quickPlan, &rig.Federation{World: emptyWorld(t)}, nil, nil), v, true)
+	if want := "3 at once, then 7"; !strings.Contains(text, want) {
+		t.Errorf("%q is not in\n%s", want, text)
 	}
 }
 

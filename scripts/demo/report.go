@@ -31,6 +31,10 @@ func progress(at time.Duration, t *traffic, now rig.Sample) string {
 		at.Seconds(), rig.Count(asked), rig.Count(used(rig.Callers)), used(rig.Connections), used(rig.Goroutines), rig.MiB(now.Usage.RSS))
 }
 
+// hostBurst is how many requests to one server fsbus starts at once. The status does
+// not say it; the demo leaves it at its default.
+var hostBurst = node.DefaultConfig().Outbound.HostBurst
+
 // table is what the demo ends with. Memory is left out if it may be an
 // emulator's.
 func table(t *traffic, v *view, memory bool) string {
@@ -102,7 +106,7 @@ func table(t *traffic, v *view, memory bool) string {
 	line(left("processor"), v.last.Usage.CPU.String(), fmt.Sprintf("in %.0f s", v.took.Seconds()))
 	limits := v.last.Report.RateLimits
 	line(left("full TLS handshakes in one second *"), rig.Count(int64(v.servers.TLS.MaxFullPerSecond)), fmt.Sprintf("%.0f", limits.HandshakesPerSecond))
-	line(left("requests to one server in one second *"), rig.Count(int64(v.servers.MaxPerServerSecond)), fmt.Sprintf("%.0f at once, then %.0f", limits.HostRate, limits.HostRate))
+	line(left("requests to one server in one second *"), rig.Count(int64(v.servers.MaxPerServerSecond)), fmt.Sprintf("%d at once, then %.0f", hostBurst, limits.HostRate))
 	w.Flush()
 	out.WriteString("* as the servers saw it, where what began evenly may end in a bunch\n")
 	return "\n" + out.String()
