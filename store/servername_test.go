@@ -119,3 +119,16 @@ func TestANameThatFindsNoRoomIsTakenLater(t *testing.T) {
 	closeStore(t, open(t, o))
 	want(t, "stored", storedName(t, path), "one.test")
 }
+
+func TestTheFifthSchemaIsStillOpened(t *testing.T) {
+	script, err := os.ReadFile("testdata/v5.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, fresh := newPath(t), newPath(t)
+	makeRaw(t, old, string(script))
+	closeStore(t, open(t, Options{Path: old, ServerName: "hs1.test"}))
+	closeStore(t, open(t, Options{Path: fresh}))
+	want(t, "schema", schema(t, old), schema(t, fresh))
+	want(t, "server name", storedName(t, old), "hs1.test")
+}
