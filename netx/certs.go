@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// ErrCertificateExpired is wrapped by the error for a certificate that is not
-// valid any more.
+// ErrCertificateExpired is wrapped by Reload's error for a certificate that is not
+// valid any more, while the one in use still is.
 var ErrCertificateExpired = errors.New("the certificate has expired")
 
 const (
@@ -41,8 +41,8 @@ type CertificatesConfig struct {
 // Certificates serves a certificate and its key from two files, and takes over
 // new ones when the files change: at a handshake, at most every 10 s, and with
 // Reload. A pair that cannot be used, such as one of which only one file has
-// been renewed yet, leaves the one in use as it is. All methods may be called
-// concurrently.
+// been renewed yet, leaves the one in use as it is, and one that has expired leaves
+// one that has not. All methods may be called concurrently.
 type Certificates struct {
 	cfg     CertificatesConfig
 	current atomic.Pointer[certificatePair]
@@ -63,12 +63,16 @@ type CertificateInfo struct {
 	Names               []string // DNS names and IP addresses
 	NotBefore, NotAfter time.Time
 	Loaded              time.Time
-	Problem             string // why what the files hold now is not in use; "" if it is
+	// Problem is why what the files hold now is not in use, and that the certificate
+	// in use is not valid, as of this moment. "" if all is well.
+	Problem string
 }
 
 // LoadCertificates reads the files. The error names the file and what is wrong
 // with it. A certificate that is not valid yet is taken and logged: the clock of
-// a small computer may be behind when it starts.
+// a small computer may be behind when it starts. So is one that has expired: most
+// servers refuse it, but those that come through it are served, what goes out does not
+// depend on it, and a new one is taken over as soon as it is there.
 func LoadCertificates(c CertificatesConfig) (*Certificates, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -117,9 +121,15 @@ func (cs *Certificates) Reload() error {
 func (cs *Certificates) Info() CertificateInfo {
 	cs.mu.Lock()
 	problem := cs.problem
+	pair := cs.current.Load() // the one that the problem goes with
 	cs.mu.Unlock()
-	pair := cs.current.Load()
 	leaf := pair.tls.Leaf
+	switch invalid := invalidity(leaf, cs.cfg.Now()); {
+	case problem == "":
+		problem = invalid
+	case invalid != "":
+		problem = invalid + "; and the new one: " + problem
+	}
 	info := CertificateInfo{
 		Names:     slices.Clone(leaf.DNSNames),
 		NotBefore: leaf.NotBefore,
@@ -165,9 +175,13 @@ func (cs *Certificates) changedLocked() bool {
 // loadLocked reads the files and takes the pair over.
 func (cs *Certificates) loadLocked() error {
 	now := cs.cfg.Now()
-	cert, err := readPair(cs.cfg.CertFile, cs.cfg.KeyFile, now)
+	cert, err := readPair(cs.cfg.CertFile, cs.cfg.KeyFile)
+	old := cs.current.Load()
+	if err == nil && now.After(cert.Leaf.NotAfter) && old != nil && !now.After(old.tls.Leaf.NotAfter) {
+		err = fmt.Errorf("TLS certificate: %s: %w on %s", cs.cfg.CertFile, ErrCertificateExpired, moment(cert.Leaf.NotAfter))
+	}
 	if err != nil {
-		if cs.current.Load() != nil && cs.problem != err.Error() {
+		if old != nil && cs.problem != err.Error() {
 			cs.cfg.Logger.Error("the new TLS certificate cannot be used, the old one stays", "err", err)
 		}
 		cs.problem = err.Error()
@@ -175,18 +189,32 @@ func (cs *Certificates) loadLocked() error {
 	}
 	cs.problem = ""
 	leaf := cert.Leaf
-	if now.Before(leaf.NotBefore) {
-		cs.cfg.Logger.Warn("the TLS certificate is not valid yet", "from", leaf.NotBefore)
+	if why := invalidity(leaf, now); why != "" {
+		cs.cfg.Logger.Warn("the TLS certificate is in use but not valid", "why", why, "file", cs.cfg.CertFile)
 	}
-	old := cs.current.Swap(&certificatePair{tls: *cert, loaded: now})
+	cs.current.Store(&certificatePair{tls: *cert, loaded: now})
 	if old != nil && !old.tls.Leaf.Equal(leaf) {
 		cs.cfg.Logger.Info("a new TLS certificate is in use", "until", leaf.NotAfter)
 	}
 	return nil
 }
 
+// invalidity says why a certificate is not valid at a moment, "" if it is.
+func invalidity(c *x509.Certificate, now time.Time) string {
+	switch {
+	case now.Before(c.NotBefore):
+		return "the certificate is not valid yet, but from " + moment(c.NotBefore)
+	case now.After(c.NotAfter):
+		return "the certificate has expired on " + moment(c.NotAfter)
+	}
+	return ""
+}
+
+// moment writes a time for people.
+func moment(t time.Time) string { return t.UTC().Format(time.DateTime + " UTC") }
+
 // readPair reads a certificate and its key. Its errors name the file.
-func readPair(certFile, keyFile string, now time.Time) (*tls.Certificate, error) {
+func readPair(certFile, keyFile string) (*tls.Certificate, error) {
 	certPEM, err := readPEM(certFile)
 	if err != nil {
 		return nil, fmt.Errorf("TLS certificate: %w", err)
@@ -201,9 +229,6 @@ func readPair(certFile, keyFile string, now time.Time) (*tls.Certificate, error)
 	}
 	if err := checkKey(keyPEM); err != nil {
 		return nil, fmt.Errorf("TLS private key: %s: %w", keyFile, err)
-	}
-	if leaf := chain[0]; now.After(leaf.NotAfter) {
-		return nil, fmt.Errorf("TLS certificate: %s: %w on %s", certFile, ErrCertificateExpired, leaf.NotAfter.UTC().Format(time.DateTime))
 	}
 	cert, err := tls.X509KeyPair(certPEM, keyPEM)
 	if err != nil {

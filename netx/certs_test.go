@@ -94,7 +94,6 @@ func TestLoadCertificatesErrors(t *testing.T) {
 		{"wrong order", func(ct *certTest, p tls.Certificate) {
 			writeFile(ct.t, ct.cert, certPEM(ca().issue(ct.now.Add(time.Hour), "x"), p))
 		}, "cert.pem", "certificate 2, which must come first", nil},
-		{"expired", func(ct *certTest, _ tls.Certificate) { ct.now = ct.now.Add(2 * time.Hour) }, "cert.pem", "has expired on", ErrCertificateExpired},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			ct := newCertTest(t)
@@ -120,6 +119,70 @@ func TestCertificatesNotYetValid(t *testing.T) {
 	}
 	if !strings.Contains(ct.log.String(), "not valid yet") {
 		t.Error(ct.log.String())
+	}
+}
+
+// An expired certificate is no reason not to start: it is served, and Info says so
+// until a new one is there.
+func TestCertificatesExpired(t *testing.T) {
+	ct := newCertTest(t)
+	cert := ct.put("old.test", time.Hour)
+	ct.now = ct.now.Add(2 * time.Hour)
+	cs := must(LoadCertificates(ct.config()))
+	if got := served(t, cs); got != "old.test" {
+		t.Error(got)
+	}
+	if n := strings.Count(ct.log.String(), "has expired on"); n != 1 {
+		t.Errorf("%d log lines: %s", n, ct.log.String())
+	}
+	if i := cs.Info(); !strings.Contains(i.Problem, "has expired on") || !i.NotAfter.Equal(leafOf(t, cert).NotAfter) {
+		t.Errorf("%+v", i)
+	}
+	if err := cs.Reload(); err != nil { // which a change of something else needs
+		t.Error(err)
+	}
+	writeFile(t, ct.key, "")
+	if err := cs.Reload(); err == nil {
+		t.Error("no error for an empty key file")
+	}
+	if p := cs.Info().Problem; !strings.Contains(p, "has expired on") || !strings.Contains(p, "no PEM private key") {
+		t.Errorf("%q", p)
+	}
+	ct.put("new.test", 2*time.Hour)
+	ct.now = ct.now.Add(certificateInterval)
+	if got := served(t, cs); got != "new.test" || cs.Info().Problem != "" {
+		t.Errorf("%s, %q", got, cs.Info().Problem)
+	}
+
+	// One that expires while it is in use, unnoticed by the files.
+	ct.now = ct.now.Add(3 * time.Hour)
+	if got := served(t, cs); got != "new.test" || !strings.Contains(cs.Info().Problem, "has expired on") {
+		t.Errorf("%s, %q", got, cs.Info().Problem)
+	}
+}
+
+// A certificate that has expired does not take the place of one that has not.
+func TestCertificatesExpiredLeavesValid(t *testing.T) {
+	ct := newCertTest(t)
+	ct.put("valid.test", 2*time.Hour)
+	cs := must(LoadCertificates(ct.config()))
+	ct.put("old.test", 30*time.Minute)
+	ct.now = ct.now.Add(time.Hour)
+	if got := served(t, cs); got != "valid.test" {
+		t.Error(got)
+	}
+	if err := cs.Reload(); !errors.Is(err, ErrCertificateExpired) || !strings.Contains(err.Error(), ct.cert) {
+		t.Errorf("%v", err)
+	}
+	if p := cs.Info().Problem; !strings.Contains(p, "has expired on") || !strings.Contains(p, ct.cert) {
+		t.Errorf("%q", p)
+	}
+	if n := strings.Count(ct.log.String(), "cannot be used"); n != 1 {
+		t.Errorf("%d log lines: %s", n, ct.log.String())
+	}
+	ct.now = ct.now.Add(time.Hour + time.Minute) // none is valid any more: then what the files hold
+	if err := cs.Reload(); err != nil || served(t, cs) != "old.test" {
+		t.Errorf("%v, %s", err, served(t, cs))
 	}
 }
 

@@ -52,8 +52,10 @@ type EdgeConfig struct {
 
 	// MaxConns bounds the accepted connections. When all are in use, the one
 	// that has been idle between two requests for longest, and for 200 ms at least,
-	// is closed for a new one; else new ones wait in the kernel's accept backlog, and
-	// connections end with their next answer. Each listener that
+	// is closed for a new one; else, of a client (an IPv4 address or an IPv6 /64)
+	// that has more than a quarter of them, the oldest on which no request has come
+	// for 200 ms, except of trusted proxies; else new ones wait in the kernel's
+	// accept backlog, and connections end with their next answer. Each listener that
 	// is served takes one of the places while it waits for a connection. 0 means
 	// 256. Each needs a file descriptor.
 	MaxConns int
@@ -64,15 +66,17 @@ type EdgeConfig struct {
 	// host may serve many homeservers.
 	MaxConnsPerAddr int
 
-	// MaxReading bounds the requests whose body is being read at a time, of
-	// which one client may have a quarter. Others wait, for BodyTimeout. 0 means
-	// 32.
+	// MaxReading bounds the requests whose body is being read at a time: from its
+	// first byte on. A client gets one only while three times as many as it has are
+	// free: a quarter of all at most. Others wait, for BodyTimeout, and the client
+	// that has fewest is next. 0 means 32.
 	MaxReading int
 
 	// MaxRequests bounds the requests held at a time: those whose body is read
-	// or waits to be, and those that wait for their answer or get it. One client
-	// may have a quarter. A further one is answered 503 with Retry-After. 0 means
-	// 256.
+	// or waits to be, and those that wait for their answer or get it. A client has
+	// a share as with MaxReading. A further one is answered 503 with Retry-After.
+	// Requests through a trusted proxy without X-Forwarded-For have no share, here
+	// and with MaxReading; they leave an eighth to others. 0 means 256.
 	MaxRequests int
 
 	// HeaderTimeout bounds the TLS handshake, and the time from a request's
@@ -167,8 +171,9 @@ type EdgeConfig struct {
 //	                     what Check refuses
 //	503 M_UNKNOWN        MaxRequests are held, with Retry-After
 //
-// and while it is read 413, 408, 400, 503 and 500 as Front has them. A request
-// that the client cuts off is dropped without an answer.
+// and while it is read 413, 400, 503 and 500 as Front has them, but 408 when
+// BodyTimeout is over while there was room in the spool. A request that the client
+// cuts off is dropped without an answer.
 //
 // A connection is closed after a refusal of the Edge's own that leaves a body
 // unread, but not after 503 and what Check refuses: there up to 256 KiB of body
@@ -195,7 +200,7 @@ type Edge struct {
 
 	mu    sync.Mutex
 	stats EdgeStats          // without what conns and reading count
-	held  map[netip.Addr]int // requests of each client
+	held  map[netip.Addr]int // requests of each client; of nobody knows whom under zero
 }
 
 // EdgeStats is a snapshot of what an Edge holds and has done.
@@ -213,6 +218,7 @@ type EdgeStats struct {
 	Gone      uint64         // clients that went away while they waited for an answer
 	Cut       uint64         // clients that went away inside the request's body
 	Evicted   uint64         // idle connections closed for new ones
+	Crowding  uint64         // connections without a request closed for new ones, of clients with more than a quarter of all
 	OverAddr  uint64         // connections closed because of MaxConnsPerAddr
 	Protocol  uint64         // HTTP/2 connections and streams that net/http ended for what the client did
 	Handshake uint64         // TLS handshakes that failed
@@ -328,7 +334,7 @@ func (e *Edge) Stats() EdgeStats {
 	e.mu.Unlock()
 	c := e.conns
 	c.mu.Lock()
-	s.Open, s.Idle, s.MaxOpen, s.Evicted, s.OverAddr = c.open, c.idle.Len(), c.most, c.evicted, c.refused
+	s.Open, s.Idle, s.MaxOpen, s.Evicted, s.Crowding, s.OverAddr = c.open, c.idle.Len(), c.most, c.evicted, c.crowding, c.refused
 	c.mu.Unlock()
 	r := e.reading
 	r.mu.Lock()

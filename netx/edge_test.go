@@ -177,6 +177,8 @@ func (et *edgeTest) client(http2 bool) *http.Client {
 		TLSClientConfig:    clientTLS(),
 		ForceAttemptHTTP2:  http2,
 		DisableCompression: true,
+
+		ExpectContinueTimeout: testWait, // or the body would be sent without being asked for
 	}
 	et.t.Cleanup(tr.CloseIdleConnections)
 	return &http.Client{Transport: tr, Timeout: testWait}
@@ -601,6 +603,125 @@ func TestEdgeRequestsOfOneClient(t *testing.T) {
 	eventually(t, "nothing is held", func() bool { return et.Stats().Held == 0 })
 	if n := len(et.held); n != 0 {
 		t.Errorf("%d clients are remembered", n)
+	}
+}
+
+// Four clients with as many requests as they get leave room for others, whose first
+// ones find a place up to the very last.
+func TestEdgeRequestsLeaveRoom(t *testing.T) {
+	const limit = 16
+	et := newEdgeTest(t, "unix", func(c *EdgeConfig) { c.MaxRequests = limit })
+	send := func(from string) (c net.Conn) {
+		c = et.dial()
+		write(t, c, "GET /x HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: "+from+"\r\n\r\n")
+		return c
+	}
+	refused := func(c net.Conn) {
+		t.Helper()
+		if res, _ := readReply(t, bufio.NewReader(c), "GET"); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" {
+			t.Errorf("%d %v", res.StatusCode, res.Header)
+		}
+	}
+	var held []*EdgeRequest
+	for i := range 40 {
+		c := send(fmt.Sprintf("203.0.113.%d", i%4))
+		if len(held) < 10 { // 4/7 of 16, rounded up
+			held = append(held, et.next())
+			continue
+		}
+		refused(c)
+	}
+	for i := range limit - len(held) {
+		send(fmt.Sprintf("198.51.100.%d", i))
+		held = append(held, et.next())
+	}
+	refused(send("198.51.100.99"))
+	if s := et.Stats(); s.MaxHeld != limit || s.Held != limit {
+		t.Errorf("%+v", s)
+	}
+	for _, q := range held {
+		reply(q)
+	}
+}
+
+// Behind a proxy that does not say for whom it speaks all may be everybody's: they
+// have most of the places, and leave some to who has a name.
+func TestEdgeRequestsOfNobody(t *testing.T) {
+	const limit = 16
+	et := newEdgeTest(t, "unix", func(c *EdgeConfig) { c.MaxRequests = limit })
+	var held []*EdgeRequest
+	send := func(forwarded string, taken bool) {
+		t.Helper()
+		c := et.dial()
+		write(t, c, "GET /x HTTP/1.1\r\nHost: h\r\n"+forwarded+"\r\n")
+		if taken {
+			held = append(held, et.next())
+		} else if res, _ := readReply(t, bufio.NewReader(c), "GET"); res.StatusCode != 503 {
+			t.Error(res.Status)
+		}
+	}
+	for range limit - limit/8 {
+		send("", true)
+	}
+	send("", false)
+	for i := range limit / 8 {
+		send(fmt.Sprintf("X-Forwarded-For: 198.51.100.%d\r\n", i), true)
+	}
+	send("X-Forwarded-For: 198.51.100.99\r\n", false)
+	for _, q := range held {
+		reply(q)
+	}
+}
+
+// The byte that is waited for before a body has its place is part of the body.
+func TestEdgeSmallBodies(t *testing.T) {
+	for _, http2 := range []bool{false, true} {
+		t.Run(fmt.Sprint("http2 ", http2), func(t *testing.T) {
+			et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
+				c.TLS = testCertificates(t)
+				c.MaxBody = func(string, string) int64 { return 3 }
+			})
+			client := et.client(http2)
+			for _, body := range []string{"", "1", "12", "123", "1234"} {
+				for _, known := range []bool{false, true} {
+					req := must(http.NewRequest("PUT", "https://hs1.test/x", io.NopCloser(strings.NewReader(body))))
+					if req.ContentLength = -1; known {
+						req.ContentLength = int64(len(body))
+					}
+					if len(body) == 1 {
+						req.Header.Set("Expect", "100-continue")
+					}
+					status := make(chan int, 1)
+					go func() {
+						res, err := client.Do(req)
+						if err != nil {
+							t.Error(err)
+							status <- 0
+							return
+						}
+						res.Body.Close()
+						status <- res.StatusCode
+					}()
+					if len(body) > 3 {
+						if got := receiveFrom(t, status, "a refusal"); got != 413 {
+							t.Errorf("%q: status %d", body, got)
+						}
+						continue
+					}
+					q := et.next()
+					if body == "" {
+						if q.Body != nil || q.Sum != [32]byte{} {
+							t.Errorf("a body of %d bytes", q.Size)
+						}
+					} else if got, ok := q.Body.Bytes(); !ok || string(got) != body || q.Size != int64(len(body)) || q.Sum != sha256.Sum256([]byte(body)) {
+						t.Errorf("%q instead of %q, or a wrong sum", got, body)
+					}
+					reply(q)
+					receiveFrom(t, status, "an answer")
+				}
+			}
+			client.CloseIdleConnections()
+		})
 	}
 }
 

@@ -20,25 +20,30 @@ import (
 // has been so for less than evictAfter: then its client's next request may be on its
 // way, and would be cut off. While a listener waits for want of an older one, the
 // connections are closed after their next answer, which costs no request.
+//
+// A connection on which no request has come yet is not idle: its client may be far
+// away. But a client could hold all places with such ones, for HeaderTimeout each.
+// So the one that has most connections, if those are more than a quarter of the
+// places, gives the oldest of them when nothing idle can go.
 type edgeConns struct {
 	max, perAddr int
 	trusted      func(netip.Addr) bool
 	evictAfter   time.Duration
 
 	mu     sync.Mutex
-	change sync.Cond // a place became free, a connection idle, or a listener was closed; L is &mu
-	open   int       // places taken: connections, and listeners in Accept
-	wanted int       // listeners that wait for a place
-	all    map[*edgeConn]struct{}
+	change sync.Cond          // a place became free, a connection idle, or a listener was closed; L is &mu
+	open   int                // places taken: connections, and listeners in Accept
+	wanted int                // listeners that wait for a place
+	fresh  list.List          // of *edgeConn on which nothing has come yet that net/http understood, the oldest last
 	idle   list.List          // of *edgeConn, the longest idle last
-	by     map[netip.Addr]int // connections of each client, only with perAddr
+	by     map[netip.Addr]int // connections of each client but trusted proxies
 
-	most             int
-	evicted, refused uint64
+	most                       int
+	evicted, crowding, refused uint64
 }
 
 func newEdgeConns(limit, perAddr int, trusted func(netip.Addr) bool) *edgeConns {
-	s := &edgeConns{max: limit, perAddr: perAddr, trusted: trusted, evictAfter: evictAfter, all: map[*edgeConn]struct{}{}, by: map[netip.Addr]int{}}
+	s := &edgeConns{max: limit, perAddr: perAddr, trusted: trusted, evictAfter: evictAfter, by: map[netip.Addr]int{}}
 	s.change.L = &s.mu
 	return s
 }
@@ -52,9 +57,9 @@ type edgeConn struct {
 	key     netip.Addr // what it counts under in conns.by; zero: it does not
 
 	// Guarded by conns.mu.
-	fresh   bool          // nothing has come on it yet that net/http understood
-	since   time.Time     // when it became idle
-	element *list.Element // in conns.idle, or nil
+	list    *list.List    // conns.fresh, conns.idle, or nil
+	element *list.Element // in list
+	since   time.Time     // when it came there
 	left    bool          // its place has been given back, or on
 }
 
@@ -99,27 +104,62 @@ func (s *edgeConns) enter(l *edgeListener) bool {
 			s.most = max(s.most, s.open)
 			return true
 		}
-		wake := func() {}
-		if last := s.idle.Back(); last != nil {
-			c := last.Value.(*edgeConn)
+		stop := func() bool { return false }
+		if c := s.nextLocked(); c != nil {
 			young := s.evictAfter - time.Since(c.since)
 			if young <= 0 {
 				s.evictLocked(c)
 				continue
 			}
-			t := time.AfterFunc(young, s.change.Broadcast)
-			wake = func() { t.Stop() }
+			stop = time.AfterFunc(young, s.wake).Stop
 		}
 		s.wanted++
 		s.change.Wait()
 		s.wanted--
-		wake()
+		stop()
 	}
 	return false
 }
 
-// evictAfter is how long a connection must have been idle to be closed for a new
-// one: longer than a client takes to send what it has waited to send.
+// wake has all listeners look again. It takes the lock so that it cannot come
+// between a listener's look and its waiting.
+func (s *edgeConns) wake() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.change.Broadcast()
+}
+
+// nextLocked returns the connection to be closed for a new one, as soon as it is old
+// enough; nil if there is none.
+func (s *edgeConns) nextLocked() *edgeConn {
+	var idle *edgeConn
+	if last := s.idle.Back(); last != nil {
+		if idle = last.Value.(*edgeConn); time.Since(idle.since) >= s.evictAfter {
+			return idle
+		}
+	}
+	if fresh := s.freshLocked(); fresh != nil && (idle == nil || fresh.since.Before(idle.since)) {
+		return fresh
+	}
+	return idle
+}
+
+// freshLocked returns the oldest fresh connection of the client that has most
+// connections, if those are more than a quarter of the places. It looks at MaxConns
+// at most.
+func (s *edgeConns) freshLocked() (oldest *edgeConn) {
+	most := max(1, s.max/4)
+	for e := s.fresh.Back(); e != nil; e = e.Prev() {
+		c := e.Value.(*edgeConn)
+		if n := s.by[c.key]; n > most { // by has nothing for trusted proxies
+			oldest, most = c, n
+		}
+	}
+	return oldest
+}
+
+// evictAfter is how long a connection must have been idle, or fresh, to be closed
+// for a new one: longer than a client takes to send what it has waited to send.
 const evictAfter = 200 * time.Millisecond
 
 // crowded reports whether connections should make room after their next answer.
@@ -147,7 +187,7 @@ func (s *edgeConns) leaveLocked() {
 // too many, the one of them that has been idle for longest is closed, and if
 // none is idle the new one: then admit returns nil.
 func (s *edgeConns) admit(raw net.Conn) *edgeConn {
-	c := &edgeConn{Conn: raw, conns: s, fresh: true}
+	c := &edgeConn{Conn: raw, conns: s}
 	if tcp, ok := raw.RemoteAddr().(*net.TCPAddr); ok {
 		c.peer = tcp.AddrPort().Addr().Unmap().WithZone("")
 		c.trusted = s.trusted(c.peer)
@@ -155,23 +195,22 @@ func (s *edgeConns) admit(raw net.Conn) *edgeConn {
 		c.trusted = true // whoever may connect to a unix socket belongs to this machine
 	}
 	s.mu.Lock()
-	if s.perAddr > 0 && !c.trusted {
+	defer s.mu.Unlock()
+	if !c.trusted {
 		c.key = clientKey(c.peer)
-		if s.by[c.key] >= s.perAddr {
+		if s.perAddr > 0 && s.by[c.key] >= s.perAddr {
 			if old := s.idleOfLocked(c.key); old != nil {
 				s.evictLocked(old)
 			} else {
 				s.refused++
 				s.leaveLocked()
-				s.mu.Unlock()
 				reset(raw)
 				return nil
 			}
 		}
 		s.by[c.key]++
 	}
-	s.all[c] = struct{}{}
-	s.mu.Unlock()
+	s.putLocked(c, &s.fresh)
 	return c
 }
 
@@ -186,10 +225,14 @@ func (s *edgeConns) idleOfLocked(key netip.Addr) *edgeConn {
 	return nil
 }
 
-// evictLocked closes an idle connection. It closes what is below TLS, as that
-// does not block: a client that is idle expects nothing.
+// evictLocked closes an idle or fresh connection. It closes what is below TLS, as
+// that does not block: a client that is idle expects nothing.
 func (s *edgeConns) evictLocked(c *edgeConn) {
-	s.evicted++
+	if c.list == &s.fresh {
+		s.crowding++
+	} else {
+		s.evicted++
+	}
 	s.endLocked(c)
 	_ = c.Conn.Close()
 }
@@ -200,8 +243,7 @@ func (s *edgeConns) endLocked(c *edgeConn) {
 		return
 	}
 	c.left = true
-	s.busyLocked(c)
-	delete(s.all, c)
+	s.putLocked(c, nil)
 	if c.key.IsValid() {
 		if s.by[c.key]--; s.by[c.key] == 0 {
 			delete(s.by, c.key)
@@ -210,10 +252,14 @@ func (s *edgeConns) endLocked(c *edgeConn) {
 	s.leaveLocked()
 }
 
-func (s *edgeConns) busyLocked(c *edgeConn) {
-	if c.element != nil {
-		s.idle.Remove(c.element)
-		c.element = nil
+// putLocked moves c to the front of a list, or into none.
+func (s *edgeConns) putLocked(c *edgeConn, to *list.List) {
+	if c.list != nil {
+		c.list.Remove(c.element)
+	}
+	c.list, c.element = to, nil
+	if to != nil {
+		c.element, c.since = to.PushFront(c), time.Now()
 	}
 }
 
@@ -242,23 +288,20 @@ func (s *edgeConns) state(conn net.Conn, state http.ConnState) {
 	if state == http.StateNew || c.left {
 		return
 	}
-	c.fresh = false
-	s.busyLocked(c)
-	if state == http.StateIdle {
-		c.since = time.Now()
-		c.element = s.idle.PushFront(c)
-		s.change.Broadcast()
+	if state != http.StateIdle {
+		s.putLocked(c, nil)
+		return
 	}
+	s.putLocked(c, &s.idle)
+	s.change.Broadcast()
 }
 
 // closeFresh closes the connections on which no request has come yet.
 func (s *edgeConns) closeFresh() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for c := range s.all {
-		if c.fresh {
-			_ = c.Conn.Close() // net/http notices, and closes c
-		}
+	for e := s.fresh.Front(); e != nil; e = e.Next() {
+		_ = e.Value.(*edgeConn).Conn.Close() // net/http notices, and closes the edgeConn
 	}
 }
 
@@ -289,11 +332,27 @@ func clientKey(a netip.Addr) netip.Addr {
 	return a.Unmap()
 }
 
+// mayTake reports whether a client that holds own places may have one more, when
+// used of limit are taken: three times as many as it holds must stay free. Alone it
+// gets a quarter so, several get less each, and 4/7 together if they are four:
+// whoever comes next finds a place, and the more a client holds the more of the
+// last ones are not for it.
+//
+// Requests of which nobody knows whose they are, as behind a proxy that does not
+// say for whom it speaks, may be everybody's. They have no share but leave an
+// eighth to those who have a name.
+func mayTake(key netip.Addr, own, used, limit int) bool {
+	if !key.IsValid() {
+		return limit-used > limit/8
+	}
+	return limit-used > 3*own
+}
+
 // A fairSlots bounds how many of something run at once, in all and for one
-// client, so that one client cannot keep all the others from it. Who waits has
-// its turn in order, but is passed over while its client has its share.
+// client, so that some clients cannot keep all the others from it. Of those who
+// wait, the client that holds fewest is next, and among equals the first.
 type fairSlots struct {
-	max, share int
+	max int
 
 	mu      sync.Mutex
 	used    int
@@ -308,13 +367,13 @@ type fairWaiter struct {
 }
 
 func newFairSlots(n int) *fairSlots {
-	return &fairSlots{max: n, share: max(1, n/4), by: map[netip.Addr]int{}}
+	return &fairSlots{max: n, by: map[netip.Addr]int{}}
 }
 
 var errNoSlot = errors.New("no slot was free in time")
 
-// acquire waits for a slot for a client; the zero address is nobody's and has no
-// share. The error is errNoSlot at the deadline, or ctx's.
+// acquire waits for a slot for a client; the zero address is nobody's, see mayTake.
+// The error is errNoSlot at the deadline, or ctx's.
 func (s *fairSlots) acquire(ctx context.Context, key netip.Addr, deadline time.Time) error {
 	s.mu.Lock()
 	if s.freeLocked(key) {
@@ -348,36 +407,41 @@ func (s *fairSlots) acquire(ctx context.Context, key netip.Addr, deadline time.T
 }
 
 func (s *fairSlots) freeLocked(key netip.Addr) bool {
-	return s.used < s.max && (!key.IsValid() || s.by[key] < s.share)
+	return mayTake(key, s.by[key], s.used, s.max)
 }
 
 func (s *fairSlots) takeLocked(key netip.Addr) {
 	s.used++
 	s.most = max(s.most, s.used)
-	if key.IsValid() {
-		s.by[key]++
-	}
+	s.by[key]++
 }
 
-// release gives back what acquire took.
+// release gives back what acquire took, and to those who wait what is free.
 func (s *fairSlots) release(key netip.Addr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.used--; s.used < 0 {
 		panic(fmt.Sprintf("netx: slot released that nobody held, of %d", s.max))
 	}
-	if key.IsValid() {
-		if s.by[key]--; s.by[key] == 0 {
-			delete(s.by, key)
+	if s.by[key]--; s.by[key] == 0 {
+		delete(s.by, key)
+	}
+	for e := s.nextLocked(); e != nil; e = s.nextLocked() {
+		w := s.waiting.Remove(e).(*fairWaiter)
+		s.takeLocked(w.key)
+		close(w.turn)
+	}
+}
+
+// nextLocked returns the waiter whose turn it is, nil if there is none or no slot
+// for any. It looks at all: no more than there are requests held.
+func (s *fairSlots) nextLocked() (next *list.Element) {
+	fewest := 0
+	for e := s.waiting.Front(); e != nil && s.used < s.max; e = e.Next() {
+		key := e.Value.(*fairWaiter).key
+		if n := s.by[key]; s.freeLocked(key) && (next == nil || n < fewest) {
+			next, fewest = e, n
 		}
 	}
-	for e := s.waiting.Front(); e != nil && s.used < s.max; {
-		w, next := e.Value.(*fairWaiter), e.Next()
-		if s.freeLocked(w.key) {
-			s.takeLocked(w.key)
-			s.waiting.Remove(e)
-			close(w.turn)
-		}
-		e = next
-	}
+	return next
 }

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -170,6 +171,13 @@ func slowBody(head, drop string) func(*testing.T, *edgeTest, func() net.Conn) ti
 	}
 }
 
+// bodies returns how many bodies are read or wait for a place.
+func (et *edgeTest) bodies() int {
+	et.reading.mu.Lock()
+	defer et.reading.mu.Unlock()
+	return et.reading.used + et.reading.waiting.Len()
+}
+
 // One client that sends its bodies slowly has a quarter of the places, and the
 // others do not notice.
 func TestEdgeReadingIsShared(t *testing.T) {
@@ -181,7 +189,7 @@ func TestEdgeReadingIsShared(t *testing.T) {
 	for range slow {
 		write(t, et.dial(), "PUT /slow HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 203.0.113.1\r\nContent-Length: 9\r\n\r\n{")
 	}
-	eventually(t, "all are held", func() bool { return et.Stats().Held == slow })
+	eventually(t, "all are read or wait", func() bool { return et.bodies() == slow })
 	for i := range 5 {
 		c := et.dial()
 		write(t, c, fmt.Sprintf("PUT /x HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 203.0.113.%d\r\nContent-Length: 2\r\n\r\n{}", i+2))
@@ -194,60 +202,213 @@ func TestEdgeReadingIsShared(t *testing.T) {
 	}
 }
 
-func TestFairSlots(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a, b := netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("203.0.113.2")
-		s := newFairSlots(8)
-		soon := time.Now().Add(time.Minute)
-		acquire := func(ctx context.Context, key netip.Addr) <-chan error {
-			done := make(chan error, 1)
-			go func() { done <- s.acquire(ctx, key, soon) }()
-			synctest.Wait()
-			return done
+// Four clients that send their bodies slowly do not have all places: whoever comes
+// next, and the one after that, need not wait.
+func TestEdgeReadingLeavesRoom(t *testing.T) {
+	et := newEdgeTest(t, "unix", func(c *EdgeConfig) {
+		c.MaxReading, c.MaxRequests = 16, 256
+		c.BodyTimeout = time.Hour
+		c.Handle = reply
+	})
+	const each = 10
+	for i := range 4 * each {
+		write(t, et.dial(), fmt.Sprintf("PUT /slow HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 203.0.113.%d\r\nContent-Length: 9\r\n\r\n{", i%4))
+	}
+	eventually(t, "all are read or wait", func() bool { return et.bodies() == 4*each })
+	for i := range 5 {
+		c := et.dial()
+		write(t, c, fmt.Sprintf("PUT /x HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 198.51.100.%d\r\nContent-Length: 2\r\n\r\n{}", i))
+		if res, _ := readReply(t, bufio.NewReader(c), "PUT"); res.StatusCode != 200 {
+			t.Fatal(res.Status)
 		}
-		got := func(c <-chan error) bool {
-			select {
-			case err := <-c:
-				if err != nil {
-					t.Error(err)
+	}
+	// 4/7 of 16 when they come in turn, and up to 12 when they do not.
+	if s := et.Stats(); s.Reading < 9 || s.Reading > 12 || et.bodies() != 4*each {
+		t.Errorf("%+v", s)
+	}
+}
+
+// A client that announces a body and sends none has no place among those that are
+// read; with the first byte it has one. MaxReading is the most.
+func TestEdgeReadingBeginsWithTheFirstByte(t *testing.T) {
+	et := newEdgeTest(t, "unix", func(c *EdgeConfig) {
+		c.MaxReading = 2
+		c.BodyTimeout = time.Hour
+		c.Handle = reply
+	})
+	var conns []net.Conn
+	for i := range 4 {
+		conns = append(conns, et.dial())
+		write(t, conns[i], fmt.Sprintf("PUT /slow HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 203.0.113.%d\r\nContent-Length: 2\r\n\r\n", i))
+	}
+	eventually(t, "all are held", func() bool { return et.Stats().Held == len(conns) })
+	c := et.dial()
+	write(t, c, "PUT /x HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: 198.51.100.1\r\nContent-Length: 2\r\n\r\n{}")
+	if res, _ := readReply(t, bufio.NewReader(c), "PUT"); res.StatusCode != 200 {
+		t.Fatal(res.Status)
+	}
+	if s := et.Stats(); s.Reading != 0 || s.MaxReading != 1 {
+		t.Errorf("%+v", s)
+	}
+	waiting := func(n int) func() bool {
+		return func() bool {
+			et.reading.mu.Lock()
+			defer et.reading.mu.Unlock()
+			return et.reading.waiting.Len() == n
+		}
+	}
+	for i, c := range conns {
+		write(t, c, "{")
+		if i < 2 {
+			eventually(t, "it is read", func() bool { return et.Stats().Reading == i+1 })
+		} else {
+			eventually(t, "it waits", waiting(i-1))
+		}
+	}
+	for i, c := range conns { // the third goes on when the first is through
+		write(t, c, "}")
+		if res, _ := readReply(t, bufio.NewReader(c), "PUT"); res.StatusCode != 200 {
+			t.Errorf("%d: %s", i, res.Status)
+		}
+	}
+	if s := et.Stats(); s.MaxReading != 2 || !waiting(0)() {
+		t.Errorf("%+v", s)
+	}
+}
+
+func TestMayTake(t *testing.T) {
+	a := netip.MustParseAddr("203.0.113.1")
+	for _, test := range []struct {
+		key              netip.Addr
+		own, used, limit int
+		want             bool
+	}{
+		{a, 0, 0, 1, true}, {a, 0, 1, 1, false}, {a, 1, 1, 2, false},
+		{a, 0, 15, 16, true}, {a, 0, 16, 16, false}, // the first for as long as there are any
+		{a, 1, 12, 16, true}, {a, 1, 13, 16, false}, // the last three are not for who has one
+		{a, 63, 63, 256, true}, {a, 64, 64, 256, false}, // alone a quarter
+		{netip.Addr{}, 100, 223, 256, true}, {netip.Addr{}, 100, 224, 256, false}, {netip.Addr{}, 0, 224, 256, false},
+		{netip.Addr{}, 0, 0, 1, true}, {netip.Addr{}, 1, 1, 1, false},
+	} {
+		if got := mayTake(test.key, test.own, test.used, test.limit); got != test.want {
+			t.Errorf("%+v: %v", test, got)
+		}
+	}
+	// However many are greedy, somebody new finds a place, and at the end each of
+	// them has about as many as the others.
+	for clients := 1; clients <= 20; clients++ {
+		const limit = 256
+		own, used := make([]int, clients), 0
+		for range limit {
+			for i := range own {
+				if mayTake(a, own[i], used, limit) {
+					own[i]++
+					used++
 				}
-				return true
-			default:
-				return false
 			}
 		}
+		if want := clients * limit / (clients + 3); used < want || used > want+clients || !mayTake(a, 0, used, limit) {
+			t.Errorf("%d clients hold %d, want %d", clients, used, want)
+		}
+		if most, fewest := slices.Max(own), slices.Min(own); most > fewest+1 {
+			t.Errorf("of %d clients one holds %d and another one %d", clients, most, fewest)
+		}
+	}
+}
+
+// slotTest is a fairSlots in a bubble of its own.
+type slotTest struct {
+	t testing.TB
+	*fairSlots
+	until time.Time
+}
+
+func (s slotTest) acquire(ctx context.Context, key netip.Addr) <-chan error {
+	done := make(chan error, 1)
+	go func() { done <- s.fairSlots.acquire(ctx, key, s.until) }()
+	synctest.Wait()
+	return done
+}
+
+// release gives one back, and lets those go on who get it.
+func (s slotTest) release(key netip.Addr) {
+	s.fairSlots.release(key)
+	synctest.Wait()
+}
+
+func (s slotTest) got(c <-chan error) bool {
+	s.t.Helper()
+	select {
+	case err := <-c:
+		if err != nil {
+			s.t.Error(err)
+		}
+		return true
+	default:
+		return false
+	}
+}
+
+func TestFairSlots(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b, c, d := netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("203.0.113.2"), netip.MustParseAddr("203.0.113.3"), netip.MustParseAddr("203.0.113.4")
+		nobody := netip.Addr{}
+		s := slotTest{t, newFairSlots(8), time.Now().Add(time.Minute)}
 		ctx, cancel := context.WithCancel(t.Context())
-		if !got(acquire(ctx, a)) || !got(acquire(ctx, a)) {
+		if !s.got(s.acquire(ctx, a)) || !s.got(s.acquire(ctx, a)) {
 			t.Fatal("a has no share")
 		}
-		third := acquire(ctx, a)
-		given := acquire(ctx, a)
-		if got(third) || got(given) || !got(acquire(ctx, b)) {
+		third, fourth := s.acquire(ctx, a), s.acquire(ctx, a)
+		if s.got(third) || s.got(fourth) || !s.got(s.acquire(ctx, b)) {
 			t.Fatal("a has more than its share, or b has to wait for it")
 		}
-		for range 5 {
-			if !got(acquire(ctx, netip.Addr{})) {
+		for range 4 {
+			if !s.got(s.acquire(ctx, nobody)) {
 				t.Fatal("the nameless have a share")
 			}
 		}
-		late := acquire(t.Context(), b)
-		if got(late) {
+		nameless, late := s.acquire(t.Context(), nobody), s.acquire(t.Context(), b)
+		if s.got(nameless) || s.got(late) || !s.got(s.acquire(ctx, c)) {
+			t.Fatal("the last one is not for who has none")
+		}
+		newcomer := s.acquire(t.Context(), d)
+		if s.got(newcomer) {
 			t.Fatal("more slots than there are")
 		}
 		cancel()
 		synctest.Wait()
-		if err := <-third; !errors.Is(err, context.Canceled) {
-			t.Error(err)
+		for _, gone := range []<-chan error{third, fourth} {
+			if err := <-gone; !errors.Is(err, context.Canceled) {
+				t.Error(err)
+			}
 		}
-		if err := <-given; !errors.Is(err, context.Canceled) {
-			t.Error(err)
+		s.release(nobody)
+		if s.got(nameless) || s.got(late) || !s.got(newcomer) {
+			t.Fatal("the newcomer does not get what is free")
 		}
-		s.release(a)
-		synctest.Wait()
-		if !got(late) {
-			t.Error("b does not get what is free")
+		s.release(c)
+		if s.got(nameless) || s.got(late) {
+			t.Fatal("the last one is taken")
 		}
-		last := acquire(t.Context(), b)
+		s.release(nobody)
+		if !s.got(nameless) || s.got(late) {
+			t.Fatal("the nameless leave more than an eighth")
+		}
+		for i, key := range []netip.Addr{a, a, d} { // four free are more than three times one
+			s.release(key)
+			if s.got(late) != (i == 2) {
+				t.Fatalf("b has another one with %d free, or not with 4", s.max-s.used)
+			}
+		}
+		full := []netip.Addr{b, b, nobody, nobody, nobody}
+		for s.used < s.max {
+			key := netip.AddrFrom4([4]byte{198, 51, 100, byte(s.used)})
+			if !s.got(s.acquire(t.Context(), key)) {
+				t.Fatal("a free slot is not given")
+			}
+			full = append(full, key)
+		}
+		last := s.acquire(t.Context(), c)
 		start := time.Now()
 		if err := <-last; err != errNoSlot || time.Since(start) != time.Minute {
 			t.Errorf("%v after %v", err, time.Since(start))
@@ -255,11 +416,37 @@ func TestFairSlots(t *testing.T) {
 		if s.used != 8 || s.most != 8 || s.waiting.Len() != 0 {
 			t.Errorf("%d %d %d", s.used, s.most, s.waiting.Len())
 		}
-		for _, key := range []netip.Addr{a, b, b, {}, {}, {}, {}, {}} {
+		for _, key := range full {
 			s.release(key)
 		}
 		if s.used != 0 || len(s.by) != 0 {
 			t.Errorf("%d %v", s.used, s.by)
+		}
+	})
+}
+
+// What becomes free is for the one who holds fewest, not for the one who has waited
+// for longest; among equals it is.
+func TestFairSlotsFewestFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nobody, a, b := netip.Addr{}, netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("203.0.113.2")
+		s := slotTest{t, newFairSlots(4), time.Now().Add(time.Minute)}
+		for range 4 {
+			if !s.got(s.acquire(t.Context(), nobody)) {
+				t.Fatal("they are free")
+			}
+		}
+		waiting := []<-chan error{s.acquire(t.Context(), nobody), s.acquire(t.Context(), nobody), s.acquire(t.Context(), a), s.acquire(t.Context(), b)}
+		for _, next := range []int{2, 3, 0, 1} {
+			s.release(nobody)
+			for i, w := range waiting {
+				if s.got(w) != (i == next) {
+					t.Fatalf("%d instead of %d", i, next)
+				}
+			}
+		}
+		for _, key := range []netip.Addr{a, b, nobody, nobody} {
+			s.release(key)
 		}
 	})
 }
@@ -457,8 +644,8 @@ func TestEdgeConnsPerAddr(t *testing.T) {
 	eventually(t, "all are closed", func() bool { return et.Stats().Open == 0 })
 	et.conns.mu.Lock()
 	defer et.conns.mu.Unlock()
-	if len(et.conns.by) != 0 || len(et.conns.all) != 0 {
-		t.Errorf("left over: %v %v", et.conns.by, et.conns.all)
+	if len(et.conns.by) != 0 || et.conns.fresh.Len() != 0 {
+		t.Errorf("left over: %v, %d fresh", et.conns.by, et.conns.fresh.Len())
 	}
 }
 
@@ -473,25 +660,164 @@ func TestClientKey(t *testing.T) {
 	}
 }
 
-// Many connections that say nothing hold the places for HeaderTimeout at most,
-// and no memory but their own.
+// Many connections that say nothing, each from an address of its own, hold the
+// places for HeaderTimeout at most, and no memory but their own.
 func TestEdgeManySilentConnections(t *testing.T) {
 	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
 		c.MaxConns = 50
 		c.HeaderTimeout = 50 * time.Millisecond
 		c.Handle = reply
 	})
-	for range 300 {
-		et.dial()
+	for i := range 250 {
+		et.dial(fmt.Sprintf("127.0.1.%d", i+1))
 	}
 	c := et.dial()
 	write(t, c, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
 	if res, _ := readReply(t, bufio.NewReader(c), "GET"); res.StatusCode != 200 {
 		t.Error(res.Status)
 	}
-	if s := et.Stats(); s.MaxOpen != 50 {
+	if s := et.Stats(); s.MaxOpen != 50 || s.Crowding != 0 {
 		t.Errorf("%+v", s)
 	}
+}
+
+// One address with any number of silent connections does not keep others out: its
+// oldest ones go, until a quarter of the places is left to it.
+func TestEdgeOneAddressLeavesConnections(t *testing.T) {
+	for _, https := range []bool{false, true} {
+		t.Run(fmt.Sprint("tls ", https), func(t *testing.T) {
+			const places, silent = 8, 40
+			et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
+				if https {
+					c.TLS = testCertificates(t)
+				}
+				c.MaxConns = places
+				c.HeaderTimeout = time.Hour
+				c.Handle = reply
+			})
+			et.evictAtOnce()
+			dial := func(from string) net.Conn {
+				c := et.dial(from)
+				write(t, c, "\x16") // the beginning of a handshake, or of a method
+				return c
+			}
+			var conns []net.Conn
+			for range silent {
+				conns = append(conns, dial("127.0.0.2"))
+			}
+			const kept = places - 1 // the listener has one
+			eventually(t, "the first are closed", func() bool { return et.Stats().Crowding == silent-kept })
+			for _, c := range conns[:silent-kept] {
+				closedByEdge(t, c)
+			}
+			conns = conns[silent-kept:]
+
+			// Others are let in, while it has more than a quarter.
+			for i := range kept - places/4 {
+				dial(fmt.Sprintf("127.0.0.%d", i+3))
+				eventually(t, "it has a place", func() bool { return et.Stats().Crowding == uint64(silent-kept+i+1) })
+				closedByEdge(t, conns[i])
+			}
+			dial("127.0.0.20")
+			eventually(t, "all places are in use", et.conns.crowded)
+			if s := et.Stats(); s.Open != places || s.MaxOpen != places || s.Crowding != silent-places/4 {
+				t.Errorf("%+v", s)
+			}
+			// Now others wait for one of them to end.
+			last := et.dial("127.0.0.21")
+			conns[kept-1].Close()
+			if https {
+				c := tls.Client(last, clientTLS())
+				getOn(t, c)
+			} else {
+				getOn(t, last)
+			}
+		})
+	}
+}
+
+// peerConn is a connection from an address.
+type peerConn struct {
+	net.Conn
+	peer   netip.AddrPort
+	closed bool
+}
+
+func (c *peerConn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.peer) }
+func (c *peerConn) Close() error         { c.closed = true; return nil }
+
+// connsOf is an edgeConns that is full of connections of these peers, the oldest
+// first.
+func connsOf(t *testing.T, trusted string, peers ...string) (s *edgeConns, l *edgeListener, conns []*peerConn) {
+	t.Helper()
+	s = newEdgeConns(len(peers), 0, func(a netip.Addr) bool { return a.String() == trusted })
+	l = &edgeListener{conns: s}
+	for _, p := range peers {
+		c := &peerConn{peer: netip.AddrPortFrom(netip.MustParseAddr(p), 1)}
+		if !s.enter(l) || s.admit(c) == nil {
+			t.Fatal("no place for a connection")
+		}
+		conns = append(conns, c)
+	}
+	return s, l, conns
+}
+
+func TestEdgeConnsWhoMakesRoom(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		peers string
+		want  int // index of the one that is closed, -1 for none
+	}{
+		{"one has most", "a b b b c d e f", 1},
+		{"a quarter is not more than one", "b b c c d d e e", -1},
+		{"the one with most", "b b b c c c c e", 3},
+		{"an IPv6 /64 is one", "d 6:1::1 6:1::2 6:1::3 b b c e", 1},
+		{"another /64 is another", "6:1::1 6:2::1 6:3::1 6:4::1 b b c c", -1},
+		{"a trusted proxy is nobody", "p p p p p b b c", -1},
+		{"nor does it keep others", "p p b p c b p b", 2},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			var peers []string
+			for _, p := range strings.Fields(test.peers) {
+				switch {
+				case strings.HasPrefix(p, "6:"):
+					peers = append(peers, "2001:db8:0:"+p[2:])
+				default:
+					peers = append(peers, fmt.Sprintf("203.0.113.%d", p[0]))
+				}
+			}
+			s, l, conns := connsOf(t, fmt.Sprintf("203.0.113.%d", 'p'), peers...)
+			s.evictAfter = 0
+			s.mu.Lock()
+			c := s.nextLocked()
+			s.mu.Unlock()
+			if (c != nil) != (test.want >= 0) {
+				t.Fatalf("%v is to be closed", c)
+			}
+			if c == nil {
+				return
+			}
+			if !s.enter(l) {
+				t.Fatal("no place")
+			}
+			for i, c := range conns {
+				if c.closed != (i == test.want) {
+					t.Errorf("connection %d: closed %v", i, c.closed)
+				}
+			}
+		})
+	}
+}
+
+// A connection of a client that has many is given as long as one that is idle.
+func TestEdgeConnsFreshHasItsTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, l, conns := connsOf(t, "", "203.0.113.1", "203.0.113.1", "203.0.113.1", "203.0.113.2")
+		start := time.Now()
+		if !s.enter(l) || time.Since(start) != evictAfter || !conns[0].closed || conns[1].closed || s.crowding != 1 {
+			t.Errorf("after %v: %v", time.Since(start), conns)
+		}
+	})
 }
 
 // Without TLS there is no HTTP/2, and with TLS no plain HTTP.

@@ -1,6 +1,7 @@
 package netx
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -139,20 +140,18 @@ func (e *Edge) serve(w http.ResponseWriter, r *http.Request) {
 	q.hand(r.Context())
 }
 
-// hold counts the request towards MaxRequests, unless so many are held, or a quarter
-// of them for its client.
+// hold counts the request towards MaxRequests, unless so many are held, or as many
+// for its client as it may have of them.
 func (e *Edge) hold(q *EdgeRequest) bool {
 	key := q.clientKey()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.stats.Held >= e.cfg.MaxRequests || key.IsValid() && e.held[key] >= max(1, e.cfg.MaxRequests/4) {
+	if !mayTake(key, e.held[key], e.stats.Held, e.cfg.MaxRequests) {
 		return false
 	}
 	e.stats.Held++
 	e.stats.MaxHeld = max(e.stats.MaxHeld, e.stats.Held)
-	if key.IsValid() {
-		e.held[key]++
-	}
+	e.held[key]++
 	return true
 }
 
@@ -161,10 +160,8 @@ func (e *Edge) unhold(q *EdgeRequest) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.stats.Held--
-	if key.IsValid() {
-		if e.held[key]--; e.held[key] == 0 {
-			delete(e.held, key)
-		}
+	if e.held[key]--; e.held[key] == 0 {
+		delete(e.held, key)
 	}
 }
 
@@ -311,6 +308,16 @@ func (q *EdgeRequest) readBody(r *http.Request) error {
 		return nil
 	}
 	e, deadline := q.edge, q.Received.Add(q.edge.cfg.BodyTimeout)
+	_ = q.rc.SetReadDeadline(deadline)
+	// A place is only for a body of which something is there: a client that sends
+	// nothing takes none.
+	first := make([]byte, 1)
+	switch _, err := io.ReadFull(r.Body, first); {
+	case err == io.EOF: // chunked, without a chunk
+		return nil
+	case err != nil:
+		return q.bodyRefusal(r, bodyError(err))
+	}
 	key := q.clientKey()
 	switch err := e.reading.acquire(r.Context(), key, deadline); {
 	case err == errNoSlot:
@@ -319,21 +326,30 @@ func (q *EdgeRequest) readBody(r *http.Request) error {
 		return errCut
 	}
 	defer e.reading.release(key)
-	_ = q.rc.SetReadDeadline(deadline)
+	src := struct {
+		io.Reader
+		io.Closer
+	}{io.MultiReader(bytes.NewReader(first), r.Body), r.Body}
 	var err error
-	q.Body, q.Sum, err = e.receiver.receive(r.Body, q.maxBody(), deadline)
-	switch {
-	case err == refuseSize && bodyless(q.Method):
-		return refuseContent
-	case err == refuseChunks && r.Context().Err() != nil:
-		return errCut // what net/http says of an HTTP/2 stream that is gone
-	case err != nil:
-		return err
+	q.Body, q.Sum, err = e.receiver.receive(src, q.maxBody(), deadline)
+	if err != nil {
+		return q.bodyRefusal(r, err)
 	}
 	if q.Body != nil {
 		q.Size = q.Body.Size()
 	}
 	return nil
+}
+
+// bodyRefusal returns what to answer for an error of the receiver's.
+func (q *EdgeRequest) bodyRefusal(r *http.Request, err error) error {
+	switch {
+	case err == refuseSize && bodyless(q.Method):
+		return refuseContent
+	case err == refuseChunks && r.Context().Err() != nil:
+		return errCut // what net/http says of an HTTP/2 stream that is gone
+	}
+	return err
 }
 
 // hand hands the request over, and returns when it has been answered. It panics

@@ -47,7 +47,9 @@ type ListenOptions struct {
 // owner, then its mode; until then the umask decides who may connect.
 //
 // A TCP address must be a loopback address unless o.AllowRemote is set;
-// "host:port" without a host means every address, and is refused as well.
+// "host:port" without a host means every address, and is refused as well. An
+// IPv4 address is IPv4's only and an IPv6 address IPv6's, so that 0.0.0.0 and
+// [::] with the same port go together; without a host it is both.
 func Listen(spec string, o ListenOptions) (net.Listener, error) {
 	var ln net.Listener
 	var err error
@@ -73,7 +75,20 @@ func listenTCP(spec string, o ListenOptions) (net.Listener, error) {
 	// The address that was checked, not the name once more. Keep-alive probes
 	// would be four system calls for a connection that lives for one request.
 	lc := net.ListenConfig{KeepAlive: -1}
-	return lc.Listen(context.Background(), "tcp", addr.String())
+	return lc.Listen(context.Background(), tcpNetwork(addr.IP), addr.String())
+}
+
+// tcpNetwork returns the network to listen on an address with. With "tcp" the
+// kernel would be asked for both families for 0.0.0.0 and for [::], and the second
+// of the two would find its address in use.
+func tcpNetwork(ip net.IP) string {
+	switch {
+	case ip == nil: // no host
+		return "tcp"
+	case ip.To4() != nil:
+		return "tcp4"
+	}
+	return "tcp6"
 }
 
 func listenUnix(path string, o ListenOptions) (net.Listener, error) {

@@ -111,6 +111,77 @@ func TestListenRefuses(t *testing.T) {
 	}
 }
 
+func TestTCPNetwork(t *testing.T) {
+	for _, test := range []struct{ spec, network string }{
+		{"0.0.0.0:8448", "tcp4"},
+		{"127.0.0.1:8448", "tcp4"},
+		{"[::ffff:0.0.0.0]:8448", "tcp4"},
+		{"[::]:8448", "tcp6"},
+		{"[::1]:8448", "tcp6"},
+		{"[2001:db8::1]:8448", "tcp6"},
+		{"[fe80::1%1]:8448", "tcp6"},
+		{":8448", "tcp"},
+	} {
+		addr, err := net.ResolveTCPAddr("tcp", test.spec) // literals all of them
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := tcpNetwork(addr.IP); got != test.network {
+			t.Errorf("%s: %s, want %s", test.spec, got, test.network)
+		}
+	}
+}
+
+// Both wildcards go together on one port, and each serves its own family.
+func TestListenBothFamilies(t *testing.T) {
+	remote := ListenOptions{AllowRemote: true}
+	v4, err := Listen("0.0.0.0:0", remote)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v4.Close()
+	port := strconv.Itoa(v4.Addr().(*net.TCPAddr).Port)
+	reach := func(host string) bool {
+		c, err := net.Dial("tcp", net.JoinHostPort(host, port))
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	}
+	if !reach("127.0.0.1") {
+		t.Error("0.0.0.0 is not reached over IPv4")
+	}
+	if probe, err := net.Listen("tcp6", "[::1]:0"); err != nil {
+		t.Skipf("this machine has no IPv6, only 0.0.0.0 was tested: %v", err)
+	} else {
+		probe.Close()
+	}
+	if reach("::1") {
+		t.Error("0.0.0.0 is reached over IPv6")
+	}
+	v6, err := Listen("[::]:"+port, remote)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !reach("::1") {
+		t.Error("[::] is not reached over IPv6")
+	}
+	v4.Close()
+	if reach("127.0.0.1") {
+		t.Error("[::] is reached over IPv4")
+	}
+	v6.Close()
+
+	both, err := Listen(":"+port, remote)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer both.Close()
+	if !reach("127.0.0.1") || !reach("::1") {
+		t.Error("without a host it is not both families")
+	}
+}
+
 func TestListenTCP(t *testing.T) {
 	for _, test := range []struct {
 		spec    string
