@@ -129,6 +129,8 @@ type EdgeConfig struct {
 	// take. Defaults 50000 and 16 MiB.
 	RecordEntries int         `toml:"record_entries" range:"100..10000000"`
 	RecordDisk    sched.Bytes `toml:"record_disk" range:"1MiB..16GiB"`
+
+	certificate netx.CertificateInfo // what Load found at TLSCertificate
 }
 
 func defaultEdge() EdgeConfig {
@@ -351,7 +353,10 @@ func (k *checker) edgeTLS() {
 	}
 	c.TLSCertificate, c.TLSPrivateKey = k.abs(c.TLSCertificate), k.abs(c.TLSPrivateKey)
 	files, _ := c.certificates()
-	if _, err := netx.LoadCertificates(files); err != nil {
+	certs, err := netx.LoadCertificates(files)
+	if err == nil {
+		c.certificate = certs.Info()
+	} else {
 		key, path := certKey, c.TLSCertificate
 		if strings.HasPrefix(err.Error(), "TLS private key") {
 			key, path = keyKey, c.TLSPrivateKey
@@ -362,6 +367,21 @@ func (k *checker) edgeTLS() {
 		}
 		k.bad(key, quote(path)+": "+clean(why), "a certificate and its key in PEM, not encrypted, readable for the user who runs fsbus")
 	}
+}
+
+// renewBefore is how long before its end a certificate should have been renewed.
+const renewBefore = 14 * 24 * time.Hour
+
+// certificateWarning says what is wrong with a certificate, or will soon be; "" if
+// nothing is.
+func certificateWarning(i netx.CertificateInfo, now time.Time) string {
+	switch {
+	case i.Problem != "":
+		return i.Problem
+	case i.NotAfter.Sub(now) < renewBefore:
+		return "it ends at " + i.NotAfter.UTC().Format(time.DateTime) + " UTC, and is not renewed yet"
+	}
+	return ""
 }
 
 // edgeWarnings returns what works but should not stay as it is.
@@ -375,6 +395,11 @@ func (c *Config) edgeWarnings(warn func(format string, args ...any)) {
 	}
 	if openToOthers(e.TLSPrivateKey) {
 		warn("edge.tls_private_key: every user of this system can read or change %s: chmod 640 %s", quote(e.TLSPrivateKey), clean(e.TLSPrivateKey))
+	}
+	if e.TLSCertificate != "" {
+		if w := certificateWarning(e.certificate, time.Now()); w != "" {
+			warn("edge.tls_certificate: %s: %s", quote(e.TLSCertificate), w)
+		}
 	}
 	for _, spec := range e.Listen {
 		host, _, err := net.SplitHostPort(spec)

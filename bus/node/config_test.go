@@ -1083,3 +1083,19 @@ func FuzzConfig(f *testing.F) {
 		}
 	})
 }
+
+func TestCertificateWarning(t *testing.T) {
+	now := time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC)
+	for _, tt := range []struct {
+		info netx.CertificateInfo
+		want string
+	}{
+		{netx.CertificateInfo{NotAfter: now.Add(renewBefore)}, ""},
+		{netx.CertificateInfo{NotAfter: now.Add(renewBefore - time.Second)}, "it ends at 2026-03-14 23:59:59 UTC, and is not renewed yet"},
+		{netx.CertificateInfo{NotAfter: now.Add(-time.Hour), Problem: "it has expired"}, "it has expired"},
+	} {
+		if got := certificateWarning(tt.info, now); got != tt.want {
+			t.Errorf("%q, want %q", got, tt.want)
+		}
+	}
+}
