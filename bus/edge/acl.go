@@ -7,9 +7,11 @@ import (
 	"fsbus/bus/matrix"
 )
 
-// acl decides who may talk to us at all. It follows what a room's server ACL does
-// (client-server API, m.room.server_acl), but that no pattern to allow means all.
-type acl struct {
+// ACL decides who may talk to us at all. It follows what a room's server ACL does
+// (client-server API, m.room.server_acl), but that no pattern to allow means all. It
+// is never changed, so any number of goroutines may ask the same one. The zero value
+// lets in whoever has no IP address for a name.
+type ACL struct {
 	deny, allow patterns
 	literals    bool
 }
@@ -20,8 +22,10 @@ type patterns struct {
 	globs []string
 }
 
-func newACL(c *Config) acl {
-	return acl{newPatterns(c.Deny), newPatterns(c.Allow), c.AllowIPLiterals}
+// NewACL returns the list that Deny, Allow and AllowIPLiterals of a valid configuration
+// make. It keeps nothing of c.
+func NewACL(c *Config) *ACL {
+	return &ACL{newPatterns(c.Deny), newPatterns(c.Allow), c.AllowIPLiterals}
 }
 
 func newPatterns(list []string) patterns {
@@ -42,6 +46,8 @@ func checkPatterns(key string, list []string) error {
 		switch {
 		case s == "" || len(s) > matrix.MaxServerName:
 			return fmt.Errorf("%s has a pattern of %d bytes, it must be one of 1 to %d", key, len(s), matrix.MaxServerName)
+		case endsInPort(s):
+			return fmt.Errorf("%s has the pattern %q, but names are compared without port: it would match none", key, s)
 		case strings.ContainsAny(s, "*?"):
 			globs++
 		}
@@ -52,8 +58,16 @@ func checkPatterns(key string, list []string) error {
 	return nil
 }
 
-// allows reports whether a server may talk to us.
-func (a *acl) allows(n matrix.ServerName) bool {
+// endsInPort reports whether a pattern has a colon and digits at its end. An IPv6
+// literal ends in a bracket.
+func endsInPort(s string) bool {
+	digits := s[strings.LastIndexByte(s, ':')+1:]
+	return len(digits) < len(s) && digits != "" && strings.Trim(digits, "0123456789") == ""
+}
+
+// Allows reports whether a server may talk to us. Its name must be valid; a port in it
+// does not count.
+func (a *ACL) Allows(n matrix.ServerName) bool {
 	if !a.literals {
 		if _, literal := n.IP(); literal {
 			return false

@@ -31,11 +31,15 @@ type call struct {
 	unknown   int32 // attempts of which nobody knows what became
 	charged   bool  // its origin's rate has been
 	stalled   bool  // it runs for so long that it does not count
+	long      bool  // so long that it may have to make room
+	slow      bool  // it runs, and counts among what is slow in its lane
 	cancelled bool
+	broken    bool // to make room, so that it is made again
 	probe     bool // it was begun to see whether the homeserver is back
 	replied   bool // what is being recorded has been answered
 	counts    bool // among its origin's transactions that wait
 	bytes     int64
+	crowds    int32 // its part of its origin's waits
 
 	link [numLinks]link
 }
@@ -90,6 +94,7 @@ func (m *Machine) newCall(r *request, o *origin, b Band) *call {
 	m.hold(o)
 	c.bytes = r.bytes
 	o.bytes += c.bytes
+	m.crowdIn(c)
 	return c
 }
 
@@ -106,45 +111,6 @@ func (m *Machine) admit(r *request) {
 	}
 }
 
-// room makes room for a request of a band, if need be at the expense of cheaper
-// ones, and reports whether there is.
-func (m *Machine) room(r *request, b Band) bool {
-	for !m.held.fits(r.Size) {
-		v := m.victim(b)
-		if v == nil {
-			return false
-		}
-		m.evict(v)
-	}
-	return true
-}
-
-// victim returns the call that makes room for one of band b: of the cheapest band
-// the newest, but the oldest of what may be dropped.
-func (m *Machine) victim(b Band) *call {
-	for _, v := range cheapest {
-		l := &m.line[v]
-		switch {
-		case v == BandEphemeral && l.n > 0 && m.cfg.Ephemeral != PassEphemeral:
-			return l.first
-		case v == b:
-			return nil
-		case l.n > 0:
-			return l.last
-		}
-	}
-	return nil
-}
-
-func (m *Machine) evict(c *call) {
-	m.stats.Evicted++
-	if c.paced(m) {
-		m.shed(c, ShedRoom)
-		return
-	}
-	m.refuseAll(c, ForRoom, 503, "fsbus: more urgent requests need the room")
-}
-
 // request handles one that is no transaction.
 func (m *Machine) request(r *request, o *origin) {
 	b := bandOf(&r.Arrived, r.Origin == "")
@@ -155,7 +121,7 @@ func (m *Machine) request(r *request, o *origin) {
 			m.reply(r, c)
 			m.free(r)
 			return
-		case len(c.waiters) < maxWaiters && m.held.fits(r.Size):
+		case m.mayJoin(r, c):
 			m.stats.Shared++
 			m.join(r, c)
 			return
@@ -168,7 +134,7 @@ func (m *Machine) request(r *request, o *origin) {
 		m.turnAway(o, r, ForRate, 429, matrix.MLimitExceeded, fmt.Sprintf("fsbus: %d requests wait already", o.waiting()), min(max(after, time.Second), 30*time.Second))
 		return
 	}
-	if !o.fits(r, &m.cfg) || !m.room(r, b) {
+	if !o.fits(r, &m.cfg) || !m.room(r, b, o) {
 		m.full(o, r, "fsbus: too many requests wait for the homeserver")
 		return
 	}
@@ -179,9 +145,7 @@ func (m *Machine) request(r *request, o *origin) {
 // ask has a request that is no transaction wait for its turn.
 func (m *Machine) ask(r *request, o *origin, b Band) {
 	c := m.newCall(r, o, b)
-	if c.mayShare() && m.shared[c.shareKey()] == nil {
-		m.shared[c.shareKey()] = c
-	}
+	m.share(c)
 	if r.Look && r.Origin != "" && !o.stranger {
 		m.look(c)
 		return
@@ -199,12 +163,27 @@ func (m *Machine) look(c *call) {
 	m.emit(Look{c.leader.Req})
 }
 
+// mayJoin reports whether a request may wait for the answer to an equal one. It takes
+// place in the room for requests, and cannot be made to leave it while that one runs;
+// so when room gets short few may.
+func (m *Machine) mayJoin(r *request, c *call) bool {
+	most := maxWaiters
+	if m.held.n >= m.held.maxN/2 {
+		most = crowdedWaiters
+	}
+	return len(c.waiters) < most && m.held.fits(r.Size)
+}
+
 // join has a request wait for the answer to an equal one. Its own body is not
 // needed.
 func (m *Machine) join(r *request, c *call) {
 	m.admit(r)
 	r.call = c
 	c.waiters = append(c.waiters, r)
+	if c.link[linkUnbegun].in {
+		c.crowds++
+		c.origin.waits[c.band]++
+	}
 	m.free(r)
 }
 
@@ -215,6 +194,10 @@ func (m *Machine) detach(r *request) {
 	for i, w := range c.waiters {
 		if w == r {
 			c.waiters = append(c.waiters[:i], c.waiters[i+1:]...)
+			if c.link[linkUnbegun].in {
+				c.crowds--
+				c.origin.waits[c.band]--
+			}
 			return
 		}
 	}
@@ -246,6 +229,13 @@ func (m *Machine) cancel(c *call) {
 	c.cancelled = true
 	m.unshare(c)
 	m.emit(Cancel{c.op})
+}
+
+// share lets equal requests join a call, unless they join another.
+func (m *Machine) share(c *call) {
+	if c.mayShare() && m.shared[c.shareKey()] == nil {
+		m.shared[c.shareKey()] = c
+	}
 }
 
 func (m *Machine) unshare(c *call) {
@@ -339,6 +329,7 @@ func (m *Machine) end(c *call) {
 		panic(fmt.Sprintf("edge: the call of attempt %d ends in phase %d, %d requests wait for it", c.op, c.phase, len(c.waiters)))
 	}
 	m.unlink(c)
+	m.uncrowd(c)
 	m.count(c, false)
 	m.unshare(c)
 	if c.txn != nil {
@@ -369,12 +360,16 @@ func (m *Machine) callDue(c *call) {
 			m.shed(c, why)
 		}
 	case phaseRunning:
-		if !c.stalled {
+		switch {
+		case !c.stalled:
 			m.stall(c)
+			c.timer = m.timers.Set(c.started.Add(breakAfter), timer{call: c})
+		case !c.long:
+			c.long = true
 			c.timer = m.timers.Set(c.started.Add(maxRun), timer{call: c})
-			return
+		default:
+			m.cancel(c)
 		}
-		m.cancel(c)
 	default:
 		panic(fmt.Sprintf("edge: a timer for the call of attempt %d in phase %d", c.op, c.phase))
 	}
@@ -387,8 +382,9 @@ type link struct {
 }
 
 const (
-	linkQueue = iota // its origin's
-	linkLine         // its band's
+	linkQueue   = iota // its origin's
+	linkLine           // its band's
+	linkUnbegun        // its origin's that have never begun
 	numLinks
 )
 

@@ -88,20 +88,29 @@ func (m *Machine) checkDesk() error {
 	}
 	turns := 0
 	var inQueues int32
+	var parkedHere int32
 	for name, p := range d.peers {
-		if p.name != name || p.held <= 0 {
+		if p.name != name || p.held < 0 || p.held == 0 && !p.turns {
 			return fmt.Errorf("address %q stands as %q with %d requests", name, p.name, p.held)
 		}
 		held += p.held
 		bytes += p.bytes
 		inQueues += int32(p.queue.Len())
-		if p.queue.Len() > 0 {
+		parkedHere += p.parked
+		if p.turns {
 			turns++
+		} else if p.queue.Len() > 0 {
+			return fmt.Errorf("address %q has %d requests in its queue, but does not stand in line", name, p.queue.Len())
+		}
+		if most := m.mostParked(); name != "" && p.parked > max(2, most/4) && !m.reconfigured() {
+			return fmt.Errorf("address %q has %d of %d that wait for fetches", name, p.parked, most)
 		}
 	}
 	var behind int32
 	for o, f := range d.fetching {
-		behind += int32(len(f.parked))
+		if behind += int32(len(f.parked)); len(f.parked) >= parkedPerOrigin {
+			return fmt.Errorf("%d requests wait for a key of %s", len(f.parked)+1, o)
+		}
 		if f.req.Origin != o || f.req.stage != stageVerifying {
 			return fmt.Errorf("a key of %s is fetched for request %d of %s", o, f.req.Req, f.req.Origin)
 		}
@@ -117,6 +126,9 @@ func (m *Machine) checkDesk() error {
 		parked != behind || int(fetching) != len(d.fetching) || int(recent) != d.fetches.Len() {
 		return fmt.Errorf("verification: %d of %d held, %d, %d and %d queued, %d and %d running, %d and %d turns, %d and %d parked, %d and %d fetching, %d and %d fetches",
 			held, m.unverified.n, queued, d.queued, inQueues, running, d.running, turns, d.turn.Len(), parked, behind, fetching, len(d.fetching), recent, d.fetches.Len())
+	}
+	if d.parked != parked+fetching || d.parked != parkedHere || d.topPark > m.mostParked() && !m.reconfigured() {
+		return fmt.Errorf("verification: %d parked, %d fetching, %d by addresses, the count says %d, at most %d of %d", parked, fetching, parkedHere, d.parked, d.topPark, m.mostParked())
 	}
 	if running > m.cfg.Verifying && !m.reconfigured() || d.topFetch > m.cfg.KeyFetches && !m.reconfigured() {
 		return fmt.Errorf("verification: %d of %d, %d fetches of %d", running, m.cfg.Verifying, d.topFetch, m.cfg.KeyFetches)
@@ -222,6 +234,8 @@ func (m *Machine) checkCalls() error {
 // totals is what is counted of one origin.
 type totals struct {
 	calls, txns, running, looks int32
+	stalled                     [numLanes]int32
+	unbegun, waits              [NumBands]int32
 	bytes                       int64
 	current                     *call
 }
@@ -235,6 +249,18 @@ func (m *Machine) checkOrigins() error {
 			sums[c.origin] = t
 		}
 		t.calls++
+		if c.phase == phaseRunning && c.stalled {
+			t.stalled[bands[c.band].lane]++
+		}
+		if c.link[linkUnbegun].in {
+			t.unbegun[c.band]++
+			t.waits[c.band] += int32(len(c.waiters))
+			if c.charged || c.phase == phaseRunning || c.phase == phaseRecording {
+				return fmt.Errorf("a call of %s in phase %d counts as not begun", c.origin.key.name, c.phase)
+			}
+		} else if !c.charged && c.phase != phaseRecording {
+			return fmt.Errorf("a call of %s in phase %d does not count as not begun", c.origin.key.name, c.phase)
+		}
 		if c.leader != nil {
 			t.bytes += c.leader.bytes
 		}
@@ -262,6 +288,7 @@ func (m *Machine) checkOrigins() error {
 		return err
 	}
 	idle := 0
+	var crowds [NumBands]int
 	check := func(o *origin) error {
 		t := sums[o]
 		if t == nil {
@@ -282,7 +309,20 @@ func (m *Machine) checkOrigins() error {
 		if o.txns > m.cfg.TxnQueue+1 && !m.reconfigured() || o.waiting() > max(m.cfg.OriginQueue, passQueue)+m.cfg.OriginParallel && !m.reconfigured() {
 			return fmt.Errorf("origin %s: %d transactions, %d others wait", o.key.name, o.txns, o.waiting())
 		}
+		if t.stalled != o.stalled || t.waits != o.waits {
+			return fmt.Errorf("origin %s: %d stalled, %d wait for what has not begun, the counts say %d and %d", o.key.name, t.stalled, t.waits, o.stalled, o.waits)
+		}
+		// The one that is to be sent again is the only one that may be, and is it at once.
+		if c := o.current; c != nil && c.phase == phaseWaiting && (o.ready[c.band] == nil || o.nextCall(c.band) != c) {
+			return fmt.Errorf("origin %s: its transaction that is to be sent again stands behind others", o.key.name)
+		}
 		for b := range o.queue {
+			if n := o.unbegun[b].n; int(t.unbegun[b]) != n || n > 0 && m.crowd[b][o.place[b]] != o {
+				return fmt.Errorf("origin %s, band %s: %d calls have not begun, the count says %d", o.key.name, Band(b), t.unbegun[b], n)
+			}
+			if n := o.unbegun[b].n; n > 0 {
+				crowds[b]++
+			}
 			ok := false
 			if o.queue[b].n > 0 {
 				ok, _ = o.mayRun(Band(b), &m.cfg, m.now)
@@ -305,6 +345,11 @@ func (m *Machine) checkOrigins() error {
 	if err := check(m.strangers); err != nil {
 		return err
 	}
+	for b, n := range crowds {
+		if n != len(m.crowd[b]) {
+			return fmt.Errorf("band %s: %d origins have calls that have not begun, %d are listed", Band(b), n, len(m.crowd[b]))
+		}
+	}
 	if idle != m.idle.n {
 		return fmt.Errorf("%d origins are idle, the list holds %d", idle, m.idle.n)
 	}
@@ -316,7 +361,7 @@ func (m *Machine) checkOrigins() error {
 
 func (m *Machine) checkLanes() error {
 	var used [numLanes]sched.Slots
-	var stalled [numLanes]int32
+	var stalled, slow, breaking [numLanes]int32
 	var running [NumBands]sched.Slots
 	for id, c := range m.ops {
 		if c.op != id || c.phase != phaseRunning || c.timer == nil && !c.cancelled {
@@ -327,11 +372,26 @@ func (m *Machine) checkLanes() error {
 		if c.stalled {
 			stalled[bands[c.band].lane]++
 		}
+		if c.slow {
+			slow[bands[c.band].lane]++
+		}
+		if c.stalled && !c.slow || c.long && !c.stalled || c.broken && !(c.long && c.cancelled) {
+			return fmt.Errorf("attempt %d: stalled %t, slow %t, long %t, broken off %t", id, c.stalled, c.slow, c.long, c.broken)
+		}
+		if c.broken {
+			breaking[bands[c.band].lane]++
+		}
 	}
 	for i := range m.lanes {
 		l := &m.lanes[i]
 		if l.slots.Used != used[i] || l.stalled != stalled[i] || int32(l.slots.Max) > l.window.most && !m.reconfigured() {
 			return fmt.Errorf("lane %s: %d run, %d of them stalled, the gauge says %+v and %d", laneNames[i], used[i], stalled[i], l.slots, l.stalled)
+		}
+		if l.slow != slow[i] || l.breaking != breaking[i] || l.breaking > 1 || l.broken.Len() > l.mostBreaks() && !m.reconfigured() {
+			return fmt.Errorf("lane %s: %d are slow and %d broken off, the counts say %d and %d, %d of late", laneNames[i], slow[i], breaking[i], l.slow, l.breaking, l.broken.Len())
+		}
+		if l.slots.Used > sched.Slots(l.window.most) && !m.reconfigured() {
+			return fmt.Errorf("lane %s: %d run, at most %d may", laneNames[i], l.slots.Used, l.window.most)
 		}
 		if l.window.size < 1 || l.window.size > l.window.most || len(l.window.ratios) > adjustMost || len(l.window.best) > maxBaselines {
 			return fmt.Errorf("lane %s: a window of %d, at most %d, with %d answers", laneNames[i], l.window.size, l.window.most, len(l.window.ratios))

@@ -30,7 +30,8 @@ type Config struct {
 	Verifying int32
 
 	// Unverified and UnverifiedBytes bound the requests that are held while their
-	// signatures are checked, Requests and Bytes those that are held after that.
+	// signatures are checked, Requests and Bytes those that are held after that. A quarter
+	// of Unverified may wait for keys to be fetched.
 	Unverified      int32
 	UnverifiedBytes sched.Bytes
 	Requests        int32
@@ -231,6 +232,10 @@ const (
 	// answers 429 (config/ratelimiting.py, reject_limit).
 	synapseQueue = 50
 
+	// parkedPerOrigin is how many requests of one server may wait for a fetch of its
+	// key, the one that it is for included.
+	parkedPerOrigin = 8
+
 	// longestHold and longestJoinHold leave time to forward within a sender's 60 s.
 	longestHold     = 50 * time.Second
 	longestJoinHold = 30 * time.Second
@@ -239,8 +244,10 @@ const (
 	// latest, so that the answer arrives in time.
 	maxMargin = time.Second
 
-	// maxWaiters bounds how many requests may wait for one attempt.
-	maxWaiters = 50
+	// maxWaiters bounds how many requests may wait for one attempt, crowdedWaiters when
+	// half of the room for requests is taken.
+	maxWaiters     = 50
+	crowdedWaiters = 4
 
 	// maxRecording is how many answers may wait for the disk. Beyond it no
 	// transaction is begun.
@@ -270,6 +277,18 @@ const (
 	// or 503 as long as the homeserver says, up to maxPause.
 	pause    = time.Second
 	maxPause = 10 * time.Second
+
+	// slowFor is how long it is remembered of an origin that an attempt stalled. Its
+	// turns come after the others' meanwhile, but for calls that have waited for
+	// lateAfter.
+	slowFor   = time.Minute
+	lateAfter = 10 * time.Second
+	// breakAfter is how long a stalled attempt has run when it may be broken off to make
+	// room. As the homeserver may go on with it, no more than a lane has places, or
+	// leastBreaks if that is more, are in a breakWindow.
+	breakAfter  = 5 * time.Second
+	breakWindow = time.Minute
+	leastBreaks = 4
 
 	// maxRun is how long an attempt that may not be broken off runs when nobody
 	// waits for it.

@@ -41,6 +41,22 @@ type lane struct {
 	slots   sched.Gauge
 	running [NumBands]sched.Slots
 	stalled int32 // that run for longer than stallAfter
+	slow    int32 // those, and others of origins that are slow
+
+	breaking int32                  // broken off, but not over
+	broken   sched.FIFO[sched.Time] // when some were in the last breakWindow
+	again    sched.Time             // when the next one may be, if there is need; 0: there is not
+}
+
+// spare is how many of a lane's places are kept from what stalls: a quarter.
+func (l *lane) spare(places int32) int32 { return min(places, max(l.window.least, places/4)) }
+
+// slowMost is how many places the origins that are slow may take.
+func (l *lane) slowMost() int32 { return max(1, l.window.most-l.spare(l.window.most)) }
+
+// share is a band's share, with all below it, of so many places.
+func share(b Band, places int32) int32 {
+	return max(1, int32(int64(places)*bands[b].share/1000))
 }
 
 func (l *lane) resize() {
@@ -48,8 +64,9 @@ func (l *lane) resize() {
 }
 
 // room reports whether a band may take one more place of its lane: it and each
-// better one, with all that is below them, must keep to their shares.
-func (l *lane) room(b Band) bool {
+// better one, with all that is below them, must keep to their shares. If it may not,
+// full is the band whose share is taken.
+func (l *lane) room(b Band) (ok bool, full Band) {
 	var held sched.Slots
 	for d := Band(NumBands); d > 0; {
 		d--
@@ -57,26 +74,25 @@ func (l *lane) room(b Band) bool {
 			continue
 		}
 		held += l.running[d]
-		if d <= b && held >= max(1, sched.Slots(int64(l.slots.Limit)*bands[d].share/1000)) {
-			return false
+		if d <= b && held >= sched.Slots(share(d, int32(l.slots.Limit))) {
+			return false, d
 		}
 	}
-	return true
+	return true, 0
 }
 
 // candidate returns the next call of a band for which there is a place.
 func (m *Machine) candidate(b Band) *call {
-	o := m.ready[b].first()
+	id := bands[b].lane
+	l := &m.lanes[id]
+	o := m.turnOf(b, l)
 	if o == nil {
 		return nil
 	}
-	id := bands[b].lane
-	l := &m.lanes[id]
 	if l.slots.Free() == 0 {
 		l.window.wanted = true
-		return nil
 	}
-	if !l.room(b) || id == laneTxn && m.record.total() >= maxRecording {
+	if id == laneTxn && m.record.total() >= maxRecording {
 		return nil
 	}
 	if b == BandEphemeral {
@@ -84,11 +100,102 @@ func (m *Machine) candidate(b Band) *call {
 			return nil
 		}
 	}
-	return o.queue[b].first
+	if ok, full := l.room(b); !ok {
+		if !o.late[b] && b != BandEphemeral {
+			m.makeWay(id, full)
+		}
+		return nil
+	}
+	return o.nextCall(b)
+}
+
+// turnOf returns the origin whose turn is next in a band. Those that the homeserver was
+// slow about come after the others, unless they have waited for long, and all of them
+// take no more than their part of the lane.
+func (m *Machine) turnOf(b Band, l *lane) *origin {
+	o, late := m.ready[b].first(false), m.ready[b].first(true)
+	if late == nil || l.slow >= l.slowMost() {
+		return o
+	}
+	if o == nil {
+		return late
+	}
+	if since := late.nextCall(b).queued; m.now.Sub(since) >= lateAfter && since < o.nextCall(b).queued {
+		return late
+	}
+	return o
+}
+
+// makeWay breaks off a stalled attempt of a band or one below it, if these leave too
+// little of its share to the others: one that nobody waits for, or the one that has run
+// for longest. The homeserver goes on with a transaction, and knows it when it is sent
+// again. But if it is short of processor time, to give it more makes all worse.
+func (m *Machine) makeWay(id laneID, full Band) {
+	l := &m.lanes[id]
+	if l.stalled == 0 || l.breaking > 0 || m.pressure >= hard {
+		return
+	}
+	var stalled int32
+	var v *call
+	for _, c := range m.ops { // in any order: only one is before all the others
+		if !c.stalled || c.band < full || bands[c.band].lane != id {
+			continue
+		}
+		stalled++
+		if c.breakable() && (v == nil || c.before(v)) {
+			v = c
+		}
+	}
+	places := share(full, int32(l.slots.Limit))
+	if v == nil || places-stalled >= min(share(full, l.window.size), l.spare(places)) {
+		return
+	}
+	l.oldBreaks(m.now)
+	if first, _ := l.broken.Peek(); l.broken.Len() >= l.mostBreaks() {
+		l.again = first.Add(breakWindow)
+		return
+	}
+	l.broken.Push(m.now)
+	l.breaking++
+	v.broken = true
+	m.stats.BrokenOff++
+	m.cancel(v)
+}
+
+func (l *lane) mostBreaks() int { return int(max(leastBreaks, l.window.most)) }
+
+// oldBreaks forgets what was broken off longer ago than breakWindow.
+func (l *lane) oldBreaks(now sched.Time) {
+	for {
+		at, ok := l.broken.Peek()
+		if !ok || now.Sub(at) < breakWindow {
+			return
+		}
+		l.broken.Pop()
+	}
+}
+
+// breakable reports whether a stalled attempt may be broken off and made again later.
+func (c *call) breakable() bool {
+	return c.long && !c.cancelled && c.status == 0 && (c.txn != nil || c.endpoint.CancelSafe && c.unknown+1 < maxTries)
+}
+
+// before reports whether an attempt is broken off rather than another.
+func (c *call) before(v *call) bool {
+	switch a, b := len(c.waiters) == 0, len(v.waiters) == 0; {
+	case a != b:
+		return a
+	case c.started != v.started:
+		return c.started < v.started
+	}
+	return c.op < v.op
 }
 
 // dispatch begins calls while the homeserver may be given more.
 func (m *Machine) dispatch() {
+	for i := range m.lanes {
+		m.lanes[i].again = 0
+	}
 	for !m.over && m.home.mayTry(m.now) {
 		var next [NumBands]*call
 		var wanting uint32
@@ -132,6 +239,11 @@ func (m *Machine) setWake() {
 	case m.ready[BandEphemeral].Len() > 0:
 		_, at = m.mayPace()
 	}
+	for i := range m.lanes {
+		if again := m.lanes[i].again; again != 0 && (at == 0 || again < at) {
+			at = again
+		}
+	}
 	if at == 0 || m.wake != nil && m.wake.At <= at {
 		return
 	}
@@ -139,10 +251,11 @@ func (m *Machine) setWake() {
 	m.wake = m.timers.Set(at, timer{wake: true})
 }
 
-// begin gives the homeserver a call that is first in its origin's queue.
+// begin gives the homeserver a call that is its origin's next.
 func (m *Machine) begin(c *call) {
 	o, l := c.origin, &m.lanes[bands[c.band].lane]
 	m.unlink(c)
+	m.uncrowd(c)
 	m.count(c, false)
 	m.stats.waited(c.band, m.now.Sub(c.queued))
 	// Behind the others: each origin has its turn.
@@ -167,7 +280,10 @@ func (m *Machine) begin(c *call) {
 	c.op = m.nextOp
 	c.phase = phaseRunning
 	c.started = m.now
-	c.status, c.retry, c.stalled = 0, 0, false
+	c.status, c.retry, c.stalled, c.long = 0, 0, false, false
+	if c.slow = o.isSlow(bands[c.band].lane, m.now); c.slow {
+		l.slow++
+	}
 	if c.probe = m.home.down; c.probe {
 		m.home.probing(m.now)
 	}
@@ -180,21 +296,39 @@ func (m *Machine) begin(c *call) {
 
 // stall stops counting an attempt.
 func (m *Machine) stall(c *call) {
-	l := &m.lanes[bands[c.band].lane]
+	id := bands[c.band].lane
+	l, o := &m.lanes[id], c.origin
 	c.stalled = true
 	l.stalled++
+	if !c.slow {
+		c.slow = true
+		l.slow++
+	}
+	o.stalled[id]++
+	o.slow[id] = m.now
 	m.stats.Stalled++
 	l.resize()
+	m.update(o) // behind the others
 }
 
 // leaveHome gives back a call's place at the homeserver.
 func (m *Machine) leaveHome(c *call) {
-	l := &m.lanes[bands[c.band].lane]
+	id := bands[c.band].lane
+	l := &m.lanes[id]
 	l.slots.Give()
 	l.running[c.band]--
 	if c.stalled {
 		c.stalled = false
 		l.stalled--
+		c.origin.stalled[id]--
+		c.origin.slow[id] = m.now
+	}
+	if c.slow {
+		c.slow = false
+		l.slow--
+	}
+	if c.broken {
+		l.breaking--
 	}
 	l.resize()
 	m.timers.Stop(c.timer)
@@ -248,8 +382,12 @@ func (m *Machine) done(c *call, ev Done) {
 	if !c.cancelled {
 		m.homeEnded(c, ev, lost)
 	}
+	broken := c.broken
+	if broken {
+		c.broken, c.cancelled = false, false // it is made again
+	}
 	if c.txn != nil {
-		m.doneTxn(c, ev, lost)
+		m.doneTxn(c, ev, lost, broken)
 		return
 	}
 	m.emit(Discard{c.op})
@@ -262,6 +400,7 @@ func (m *Machine) done(c *call, ev Done) {
 			c.unknown++
 		}
 		m.stats.Again++
+		m.share(c) // if it was broken off
 		m.wait(c)
 	case lost:
 		m.refuseAll(c, ForHomeserver, 503, "fsbus: the homeserver cannot be reached")

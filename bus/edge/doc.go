@@ -20,7 +20,8 @@
 //     Replay, Empty and Refuse comes for each Arrived, or its Gone went before.
 //  5. What the core cannot see is refused before Arrived: bodies over the endpoint's
 //     bound, bad JSON, malformed headers, a destination that is not ours, an origin
-//     in a transaction that is not the header's, paths that do not exist.
+//     in a transaction that is not the header's, paths that do not exist. Who is
+//     denied may be, before the body is read: ACL says who is.
 //  6. The shell's own memory of verdicts and missing keys lasts 60 seconds at most
 //     for what is not good.
 //
@@ -31,8 +32,12 @@
 // time for an origin, three in a minute, and KeyFetches in a minute for all; a
 // quarter is for servers that have sent something authentic. Until then a request is
 // counted apart, by the address that it comes from, and addresses take turns: what is
-// forged is in the way of nobody else. A bad signature is 401. If the key cannot be
-// had, the homeserver may try (PassNoKey): at PassRate, as if it came from one
+// forged is in the way of nobody else. An address may hold a quarter of Unverified, and
+// if that is full, a newcomer displaces the newest of the address that has most. Those
+// that wait for a fetch are a quarter of Unverified at most, 8 of one origin, and a
+// quarter of that quarter of one address or kept for servers that are known. So whose
+// key is at hand is verified at once, whoever waits. A bad signature is 401. If the key
+// cannot be had, the homeserver may try (PassNoKey): at PassRate, as if it came from one
 // stranger, and it shares, joins and stores nothing. Or it is 401, but 503 if the
 // key was not even asked for, since a sender leaves us alone for long after a 4xx.
 //
@@ -63,7 +68,20 @@
 // when an answer never came; what was begun before it was halved does not count.
 // Under pressure it does not grow. What takes longer than a second takes no place in
 // the window, since it waits for something, such as the keys of another server; but
-// no more than Concurrency and Parallel ever run. When the homeserver cannot be
+// no more than Concurrency and Parallel ever run.
+//
+// So a few servers with such requests could take a whole lane. For a minute after one
+// their turns come after the others', but for what has waited for ten seconds, and they
+// take three quarters of the lane at most, a place at least. Those that are new may
+// still stall in the rest. When these leave others less than a quarter, or than the
+// window, and an origin waits that is not slow, the stalled attempt that nobody waits
+// for, or else that has run for longest, is broken off after five seconds: a transaction,
+// or what may be. It is made again in its turn; the homeserver goes on with a transaction
+// meanwhile, and knows it by its id. Since it may have more to do at a time then, a lane
+// breaks off one after the other, as many in a minute as it has places (4 if that is
+// more), and none under pressure.
+//
+// When the homeserver cannot be
 // reached, one request now and then finds out whether it is back, and the windows
 // begin at their least: 1 transaction, 2 requests.
 //
@@ -86,7 +104,8 @@
 // second, in one write with others.
 //
 // An attempt of which nobody knows what became is repeated up to twice, as the
-// homeserver knows the transaction by its id; the origin's next one waits for that.
+// homeserver knows the transaction by its id; the origin's next one waits for that,
+// and older ones that a join held back do, too.
 //
 // # What may be dropped
 //
@@ -100,7 +119,12 @@
 // error after which it is sent again.
 //
 // When it is full, the cheapest band makes room: presence is dropped, then what
-// nobody waits for is refused with 503.
+// nobody waits for is refused with 503, the newest first of whoever has most of it. But
+// what has begun is not, and room is shared out by origins: within a newcomer's own band
+// whoever has more gives way to it, in a dearer one whoever has four times as much, and in
+// a cheaper one nobody does that has less than a quarter. Bytes are shared out likewise.
+// When half the room is taken, 4 requests at most wait for one answer, as these cannot be
+// made to leave.
 //
 // # Joins
 //
@@ -118,6 +142,8 @@
 //   - one that is stored, or whose sender has its answer, does not reach it again;
 //   - no answer to one origin's request is given to another;
 //   - nothing but presence and typing is ever acknowledged without it;
+//   - a transaction that is to be sent again waits for no other of its origin;
+//   - what waits for keys, is slow or broken off keeps to its bounds;
 //   - all running totals agree with a recount.
 //
 // A broken one panics with its numbers.

@@ -7,6 +7,7 @@ import (
 	"hash/fnv"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -23,6 +24,9 @@ var (
 type simProfile struct {
 	origins, txns int // servers, and transactions of each
 	forged        int // requests in forged names
+	blackholes    int // that these names are of, whose servers do not answer; 0: each has its own
+	slow          int // servers whose transactions the homeserver waits long over
+	hoarders      int // servers that send a dozen transactions at once, again and again
 	questions     int
 	ephemeral     int  // per cent of the transactions
 	copies        int  // of each transaction that are sent at once, at most
@@ -89,6 +93,7 @@ type simWorld struct {
 	steady     bool            // nobody gives up, nothing is configured anew
 	took       []time.Duration // until transactions with events were answered
 	turnedAway int             // good requests
+	noEvents   int             // of them, transactions with events
 
 	up       bool
 	slow     int                           // how much slower than usual the homeserver is
@@ -107,6 +112,7 @@ const (
 	isGood simTruth = iota
 	isForged
 	isKeyless // no key for it can be had
+	isHostile // its signature is good, but it means no good
 )
 
 type simReq struct {
@@ -273,6 +279,9 @@ func (w *simWorld) do(e Effect) {
 				w.failf("%d fetches in a minute, %d may be", n, w.cfg.KeyFetches)
 			}
 			d = w.between(20*time.Millisecond, 4*time.Second)
+			if r.truth == isKeyless && w.p.blackholes > 0 {
+				d = 20 * time.Second
+			}
 		}
 		w.later(d, func() {
 			v := Verified{Req: e.Req, Verdict: NoKey, Tried: e.MayFetch && w.rng.IntN(5) > 0 || w.rng.IntN(20) == 0}
@@ -394,12 +403,15 @@ func (w *simWorld) answer(id ReqID, ok bool) {
 	w.forget(r)
 	if ok && r.txn != nil {
 		r.txn.acked = true
-		if r.txn.PDUs > 0 {
+		if r.txn.PDUs > 0 && r.truth == isGood {
 			w.took = append(w.took, w.now.Sub(r.Received))
 		}
 	}
 	if !ok && r.truth == isGood {
 		w.turnedAway++
+		if r.txn != nil && r.txn.PDUs > 0 {
+			w.noEvents++
+		}
 	}
 	if then := r.then; then != nil {
 		r.then = nil
@@ -551,13 +563,13 @@ func (w *simWorld) forward(e Forward) {
 			}
 		}
 	}
-	if r.truth != isGood {
+	if r.truth != isGood && r.truth != isHostile {
 		w.reject(op)
 		return
 	}
 	if txn != nil && r.verified {
 		if other := w.working[r.Origin]; other != nil && other != txn {
-			if w.life == 1 && !w.p.trouble {
+			if w.life == 1 && !w.p.trouble && w.p.slow == 0 {
 				w.failf("the homeserver has two transactions of %s", r.Origin)
 			}
 			w.counts["429"]++
@@ -566,8 +578,12 @@ func (w *simWorld) forward(e Forward) {
 		}
 		w.working[r.Origin] = txn
 	}
-	w.atHome++
-	d := w.between(5*time.Millisecond, 15*time.Millisecond) * time.Duration(w.atHome*w.slow)
+	d := w.between(5*time.Millisecond, 15*time.Millisecond) * time.Duration((w.atHome+1)*w.slow)
+	busy := 1
+	if strings.HasPrefix(string(r.Origin), "slow") { // which costs it nothing
+		d += w.between(20*time.Second, 90*time.Second)
+		busy = 0
+	}
 	kind := w.rng.IntN(100)
 	if w.healing || !w.p.trouble {
 		kind = 99
@@ -579,8 +595,9 @@ func (w *simWorld) forward(e Forward) {
 		d = 60 * time.Second
 	}
 	life := w.life
+	w.atHome += busy
 	w.after(d, func() {
-		w.atHome--
+		w.atHome -= busy
 		if w.working[r.Origin] == txn {
 			delete(w.working, r.Origin)
 		}
@@ -722,6 +739,9 @@ func (w *simWorld) tally() {
 	w.counts["passed"] += int(s.Passed)
 	w.counts["evicted"] += int(s.Evicted)
 	w.counts["stalled"] += int(s.Stalled)
+	w.counts["broken off"] += int(s.BrokenOff)
+	w.counts["parked denied"] += int(s.ParkedDenied)
+	w.counts["displaced"] += int(s.Displaced)
 	w.counts["held for a join"] += int(s.Held)
 	w.counts["aged"] += int(s.Aged)
 }
@@ -797,6 +817,24 @@ func (w *simWorld) content(n, i int) *Txn {
 	return t
 }
 
+// hostile has servers send some transactions at once, again and again for a minute,
+// whatever the answer.
+func (w *simWorld) hostile(name string, servers, txns int, every time.Duration) {
+	send := matrix.Match("PUT", "/_matrix/federation/v1/send/1")
+	for n := range servers {
+		origin := matrix.ServerName(fmt.Sprintf("%s%d.test", name, n))
+		w.keys[origin] = true
+		for at := w.between(0, every); at < time.Minute; at += every {
+			w.after(at, func() {
+				for i := range txns {
+					t := pdus(fmt.Sprint(w.now, i), "!far")
+					w.arrive(Arrived{Origin: origin, Keys: []string{"ed25519:1"}, Peer: fmt.Sprint(name, n%3), Endpoint: send, Key: sha256.Sum256([]byte(fmt.Sprint(origin, t.ID))), Txn: t, Size: 1000}, isHostile, &simTxn{origin: origin, Txn: t}, nil)
+				}
+			})
+		}
+	}
+}
+
 func (w *simWorld) run() *simWorld {
 	for n := range w.p.origins {
 		w.sender(n)
@@ -833,6 +871,9 @@ func (w *simWorld) run() *simWorld {
 				truth = isKeyless
 			}
 			name := matrix.ServerName(fmt.Sprintf("x%d.test", i))
+			if w.p.blackholes > 0 {
+				name, truth = matrix.ServerName(fmt.Sprintf("x%d.test", i%w.p.blackholes)), isKeyless
+			}
 			switch w.rng.IntN(10) {
 			case 0:
 				name = "denied.test"
@@ -844,6 +885,8 @@ func (w *simWorld) run() *simWorld {
 			w.arrive(Arrived{Origin: name, Keys: []string{fmt.Sprint("ed25519:", i)}, Peer: fmt.Sprint("evil", i%3), Endpoint: matrix.Match("PUT", "/_matrix/federation/v1/send/1"), Key: sha256.Sum256([]byte(fmt.Sprint(i))), Txn: t}, truth, nil, nil)
 		})
 	}
+	w.hostile("slow", w.p.slow, 2, 20*time.Second)
+	w.hostile("hoarder", w.p.hoarders, 12, 2*time.Second)
 	if w.p.trouble {
 		for range 1 + w.rng.IntN(4) {
 			w.after(w.between(2*time.Second, 60*time.Second), func() {
@@ -1014,6 +1057,41 @@ func TestSimulationFloodLeavesLiveTrafficAlone(t *testing.T) {
 		}
 		if n := len(w.m.origins); n > 50 {
 			t.Errorf("%s: %d servers are remembered, 50 are real", policy, n)
+		}
+	}
+}
+
+// Servers that want to be in the way of others are not: the others' keys are at hand,
+// their transactions quick and few.
+func TestSimulationHostileServersLeaveLiveTrafficAlone(t *testing.T) {
+	for _, tt := range []struct {
+		what   string
+		p      simProfile
+		p99    time.Duration
+		reach  string
+		slower int
+		few    int // good ones that may be refused, with no events in them
+	}{
+		{"keys that cannot be had", simProfile{forged: 6000, blackholes: 3}, 500 * time.Millisecond, "parked denied", 1, 0},
+		{"keys of many names that cannot be had", simProfile{forged: 6000, blackholes: 300}, 500 * time.Millisecond, "parked denied", 1, 0},
+		{"transactions that are waited over", simProfile{slow: 10}, 2 * time.Second, "broken off", 1, 0},
+		{"transactions without end", simProfile{hoarders: 60}, 10 * time.Second, "evicted", 4, 100},
+	} {
+		for seed := range uint64(5) {
+			p := tt.p
+			p.origins, p.txns, p.copies = 50, 20, 1
+			p.config = func(c *Config, _ *rand.Rand) { *c = Default(); c.Deny = []string{"denied*"} }
+			w := newSimWorld(t, seed+1, p)
+			w.quiet(t)
+			w.checkEvery = 10
+			w.slow = tt.slower
+			w.run()
+			slices.Sort(w.took)
+			p99 := w.took[len(w.took)*99/100]
+			t.Logf("%s: %d transactions, p50 %s, p99 %s, max %s; %d good ones refused, %d %s", tt.what, len(w.took), w.took[len(w.took)/2], p99, w.took[len(w.took)-1], w.turnedAway, w.counts[tt.reach], tt.reach)
+			if w.noEvents > 0 || w.turnedAway > tt.few || p99 > tt.p99 || len(w.took) < 500 || w.counts[tt.reach] == 0 {
+				t.Errorf("%s: %d good requests refused, %d with events, p99 %s, %s %d times", tt.what, w.turnedAway, w.noEvents, p99, tt.reach, w.counts[tt.reach])
+			}
 		}
 	}
 }

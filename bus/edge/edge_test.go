@@ -1276,7 +1276,9 @@ func TestFullMakesRoomAtTheCheapestEnd(t *testing.T) {
 	r.send("q.test", pdus("x"))
 	r.one("then the newest of what nobody waits for", r.refused(503).Req == 9)
 	r.get("q.test", "GET", "/_matrix/federation/v1/backfill/9")
-	r.one("which itself has no room", r.refused(503).Req == r.req)
+	r.one("another server's takes the room of the newest of the one that has most", r.refused(503).Req == 8)
+	r.get("q.test", "GET", "/_matrix/federation/v1/backfill/10")
+	r.one("but none when it has as much", r.refused(503).Req == r.req)
 	r.answer(first.Op, 200)
 	r.rest()
 
@@ -1501,6 +1503,9 @@ func TestConfigIsChecked(t *testing.T) {
 		"ephemeral_hold":     func(c *Config) { c.EphemeralHold = time.Minute },
 		"join_hold":          func(c *Config) { c.JoinHold = time.Minute },
 		"deny":               func(c *Config) { c.Deny = []string{""} },
+		"deny ":              func(c *Config) { c.Deny = []string{"a.test", "*.test:8448"} },
+		"deny  ":             func(c *Config) { c.Deny = []string{"[::1]:1"} },
+		"allow ":             func(c *Config) { c.Allow = []string{"2001:db8::1"} },
 		"allow":              func(c *Config) { c.Allow = make([]string, maxPatterns+1) },
 	} {
 		c := Default()
@@ -1508,6 +1513,11 @@ func TestConfigIsChecked(t *testing.T) {
 		if err := c.Validate(); err == nil || !strings.HasPrefix(err.Error()+" ", strings.TrimSpace(key)+" ") {
 			t.Errorf("%s: %v", key, err)
 		}
+	}
+	ports := Default()
+	ports.Deny, ports.Allow = []string{"[::1]", "[2001:db8:*", "*:?", "a.test:"}, []string{"8448", "*1"}
+	if err := ports.Validate(); err != nil {
+		t.Errorf("no pattern ends in a port: %v", err)
 	}
 	globs := Default()
 	for i := range maxGlobs + 1 {
@@ -1553,8 +1563,7 @@ func TestACL(t *testing.T) {
 	} {
 		c := Default()
 		c.Deny, c.Allow, c.AllowIPLiterals = tt.deny, tt.allow, tt.literals
-		a := newACL(&c)
-		if got := a.allows(tt.name); got != tt.want {
+		if got := NewACL(&c).Allows(tt.name); got != tt.want {
 			t.Errorf("deny %q, allow %q, literals %t: %s gives %t", tt.deny, tt.allow, tt.literals, tt.name, got)
 		}
 	}

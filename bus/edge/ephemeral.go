@@ -43,6 +43,7 @@ func (m *Machine) shed(c *call, why Shed) {
 	m.stats.Shed[why]++
 	c.origin.counts.Shed++
 	m.unlink(c)
+	m.uncrowd(c)
 	m.count(c, false)
 	for _, r := range c.waiters {
 		r.call = nil

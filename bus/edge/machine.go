@@ -18,7 +18,7 @@ import (
 // federation, and when. It is not safe for concurrent use; one goroutine calls it.
 type Machine struct {
 	cfg Config
-	acl acl
+	acl *ACL
 	rng *rand.Rand
 	now sched.Time // of the present Step
 	out []Effect   // of the present Step
@@ -36,7 +36,8 @@ type Machine struct {
 	shared map[shareKey]*call // those that equal requests may join
 	looks  map[ReqID]*call    // by their leader
 	ops    map[OpID]*call
-	line   [NumBands]callList // calls that wait or are held back, the oldest first
+	line   [NumBands]callList  // calls that wait or are held back, the oldest first
+	crowd  [NumBands][]*origin // with calls of a band that have not begun, in any order
 
 	lanes [numLanes]lane
 	ready [NumBands]originLine
@@ -111,7 +112,7 @@ func (m *Machine) configure(cfg Config) {
 		panic("edge: " + err.Error())
 	}
 	m.cfg = cfg
-	m.acl = newACL(&cfg)
+	m.acl = NewACL(&cfg)
 	m.unverified.maxN, m.unverified.maxBytes = cfg.Unverified, int64(cfg.UnverifiedBytes)
 	m.held.maxN, m.held.maxBytes = cfg.Requests, int64(cfg.Bytes)
 	m.lanes[laneTxn].window.limit(cfg.Concurrency)

@@ -28,12 +28,20 @@ type origin struct {
 
 	queue   [NumBands]callList // calls that may begin
 	ready   [NumBands]*list.Element
+	late    [NumBands]bool // ready is behind the others
+	unbegun [NumBands]callList
+	waits   [NumBands]int32 // requests that wait for a call in unbegun
+	place   [NumBands]int32 // in the machine's crowd, if there is one in unbegun
+
 	current *call // the transaction that the homeserver has, or is to get again
 	running int32 // others
 	looks   int32 // others that the store is looked through for
 	txns    int32 // transactions that are not at the homeserver and have no answer
 	bytes   int64 // of the bodies of all its calls
 	calls   int32 // in any phase
+
+	stalled [numLanes]int32      // of what runs
+	slow    [numLanes]sched.Time // when an attempt was last found to be stalled, or ended so; 0: never
 
 	timer      *sched.Timer[timer]
 	prev, next *origin // in the idle list
@@ -43,7 +51,7 @@ type origin struct {
 func newOrigin(k originKey) *origin {
 	o := &origin{key: k}
 	for b := range o.queue {
-		o.queue[b].in = linkQueue
+		o.queue[b].in, o.unbegun[b].in = linkQueue, linkUnbegun
 	}
 	return o
 }
@@ -105,10 +113,26 @@ func (m *Machine) drop(o *origin) {
 	}
 }
 
-// mayRun reports whether the origin's first call of a band may begin as far as the
+// nextCall returns the call of a band that is the origin's next: the first, but the
+// transaction that is to be sent again goes before older ones that came into the
+// queue after it was begun, as these wait for its end.
+func (o *origin) nextCall(b Band) *call {
+	if c := o.current; c != nil && c.phase == phaseWaiting && c.band == b {
+		return c
+	}
+	return o.queue[b].first
+}
+
+// isSlow reports whether the homeserver was slow of late about what the origin sent to
+// a lane.
+func (o *origin) isSlow(l laneID, now sched.Time) bool {
+	return o.stalled[l] > 0 || o.slow[l] != 0 && now.Sub(o.slow[l]) < slowFor
+}
+
+// mayRun reports whether the origin's next call of a band may begin as far as the
 // origin is concerned. When only time is in the way, it returns the moment.
 func (o *origin) mayRun(b Band, cfg *Config, now sched.Time) (ok bool, again sched.Time) {
-	c := o.queue[b].first
+	c := o.nextCall(b)
 	if bands[b].lane == laneTxn {
 		if o.current != nil && o.current != c {
 			return false, 0
@@ -144,11 +168,18 @@ func (m *Machine) update(o *origin) {
 			continue
 		}
 		ok, again := o.mayRun(b, &m.cfg, m.now)
-		switch {
-		case ok && el == nil:
-			o.ready[b] = m.ready[b].PushBack(o)
-		case !ok && el != nil:
+		lane := bands[b].lane
+		late := ok && o.isSlow(lane, m.now)
+		if el != nil && (!ok || late != o.late[b]) {
 			m.ready[b].remove(o, b)
+			el = nil
+		}
+		if ok && el == nil {
+			m.ready[b].add(o, b, late)
+		}
+		if late && o.stalled[lane] == 0 {
+			again = o.slow[lane].Add(slowFor)
+			ok = false // it comes to stand elsewhere then
 		}
 		if !ok && again != 0 && (wake == 0 || again < wake) {
 			wake = again
@@ -160,16 +191,30 @@ func (m *Machine) update(o *origin) {
 	}
 }
 
-// originLine is the origins that may begin a call of one band, in turn.
-type originLine struct{ list.List }
+// originLine is the origins that may begin a call of one band, in turn. Those that the
+// homeserver was slow about stand in a line of their own.
+type originLine struct{ prompt, late list.List }
+
+func (l *originLine) of(late bool) *list.List {
+	if late {
+		return &l.late
+	}
+	return &l.prompt
+}
+
+func (l *originLine) Len() int { return l.prompt.Len() + l.late.Len() }
+
+func (l *originLine) add(o *origin, b Band, late bool) {
+	o.ready[b], o.late[b] = l.of(late).PushBack(o), late
+}
 
 func (l *originLine) remove(o *origin, b Band) {
-	l.Remove(o.ready[b])
+	l.of(o.late[b]).Remove(o.ready[b])
 	o.ready[b] = nil
 }
 
-func (l *originLine) first() *origin {
-	if el := l.Front(); el != nil {
+func (l *originLine) first(late bool) *origin {
+	if el := l.of(late).Front(); el != nil {
 		return el.Value.(*origin)
 	}
 	return nil

@@ -88,7 +88,7 @@ func (m *Machine) arrived(a Arrived) {
 	case a.Origin == "" && !a.Endpoint.Unsigned:
 		m.turnAway(nil, r, ForAuth, 401, matrix.MUnauthorized, "fsbus: the request has no Authorization header with X-Matrix", 0)
 		return
-	case a.Origin != "" && !m.acl.allows(a.Origin):
+	case a.Origin != "" && !m.acl.Allows(a.Origin):
 		m.turnAway(nil, r, ForACL, 403, matrix.MForbidden, fmt.Sprintf("fsbus: %s may not talk to this server", a.Origin), 0)
 		return
 	case t != nil && (t.PDUs > matrix.MaxPDUs || t.EDUs > matrix.MaxEDUs):

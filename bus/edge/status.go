@@ -52,12 +52,14 @@ type Stats struct {
 	Passed        int64 // of them, passed on to the homeserver
 	Fetches       int64 // of keys
 	FetchesDenied int64
+	ParkedDenied  int64 // of those that are not checked, as too many wait for fetches
+	Displaced     int64 // unverified requests of an address that had most, refused for another's
 
 	Joined       int64 // transactions that joined an equal one
 	Differing    int64 // of them, with another content under the same id
 	Shared       int64 // other requests that joined an equal one
 	Limited      int64 // answers 429
-	Evicted      int64 // calls that made room for more urgent ones
+	Evicted      int64 // calls that made room for more urgent ones, or for another origin's
 	Shed         [NumSheds]int64
 	Held         int64 // transactions that waited for a join
 	HeldLongest  int64 // of them, until that was too long
@@ -66,6 +68,7 @@ type Stats struct {
 	Forwarded    int64 // attempts at the homeserver
 	Again        int64 // of them, put back to be tried again
 	Stalled      int64 // of them, slower than counts
+	BrokenOff    int64 // of them, to make room for others
 	Statuses     [6]int64
 	Failures     [matrix.NumFailures]int64
 	Acknowledged int64 // transactions
@@ -112,6 +115,7 @@ type Snapshot struct {
 	UnverifiedBytes int64
 	Verifying       int32 // without fetching
 	Fetching        int
+	Parked          sched.Gauge // requests that wait for a fetch, or that it is for
 	FetchesMinute   sched.Gauge // of keys, in the last minute
 	Bands           [NumBands]BandStatus
 	Home            HomeStatus
@@ -152,6 +156,7 @@ type LaneStatus struct {
 	Halved    int64
 	P50, P90  time.Duration // of the latest answers
 	SlowBy    int64         // their median when the window was last adjusted, in thousandths of the best
+	Stalled   int32         // of what runs, too slow to count
 	Abandoned int           // attempts for which nobody waits
 }
 
@@ -181,6 +186,7 @@ func (m *Machine) Snapshot(now sched.Time, worst int) Snapshot {
 		Verifying:       m.desk.running,
 		Fetching:        len(m.desk.fetching),
 		FetchesMinute:   sched.Gauge{Used: sched.Slots(m.desk.fetches.Len()), Limit: sched.Slots(m.cfg.KeyFetches), Max: sched.Slots(m.desk.topFetch)},
+		Parked:          sched.Gauge{Used: sched.Slots(m.desk.parked), Limit: sched.Slots(m.mostParked()), Max: sched.Slots(m.desk.topPark)},
 		Home:            HomeStatus{Up: !m.home.down, Since: m.home.since, Why: m.home.why, Downs: m.home.times, Down: m.home.total},
 		Joins:           len(m.joins.rooms),
 		EphemeralRate:   float64(m.pace.Limit()),
@@ -201,7 +207,7 @@ func (m *Machine) Snapshot(now sched.Time, worst int) Snapshot {
 	}
 	for i := range m.lanes {
 		l := &m.lanes[i]
-		st := LaneStatus{Name: laneNames[i], Slots: l.slots, Most: l.window.most, Window: l.window.size, Grown: l.window.grown, Halved: l.window.halved, SlowBy: l.window.measured}
+		st := LaneStatus{Name: laneNames[i], Slots: l.slots, Most: l.window.most, Window: l.window.size, Grown: l.window.grown, Halved: l.window.halved, SlowBy: l.window.measured, Stalled: l.stalled}
 		st.P50, st.P90 = l.window.quantiles()
 		s.Home.Lanes[i] = st
 	}

@@ -32,7 +32,7 @@ func (m *Machine) transaction(r *request, o *origin) {
 			return
 		}
 	}
-	if !m.room(r, b) {
+	if !m.room(r, b, o) {
 		if lossy {
 			m.empty(r, o, ShedRoom)
 			return
@@ -64,7 +64,7 @@ func (m *Machine) again(r *request, c *call) {
 	case c.phase == phaseRecording && c.replied:
 		m.reply(r, c)
 		m.free(r)
-	case len(c.waiters) >= maxWaiters || !m.held.fits(r.Size):
+	case !m.mayJoin(r, c):
 		m.full(c.origin, r, "fsbus: too many requests wait for the homeserver")
 	default:
 		m.join(r, c)
@@ -126,7 +126,7 @@ func (m *Machine) unhold(c *call) {
 }
 
 // doneTxn handles the end of an attempt at a transaction.
-func (m *Machine) doneTxn(c *call, ev Done, lost bool) {
+func (m *Machine) doneTxn(c *call, ev Done, lost, broken bool) {
 	switch ok := ev.Failure == matrix.FailNone; {
 	case ok && c.status == 200:
 		m.stats.Acknowledged++
@@ -146,7 +146,7 @@ func (m *Machine) doneTxn(c *call, ev Done, lost bool) {
 		return
 	}
 	m.emit(Discard{c.op})
-	if !lost && c.status == 0 {
+	if !lost && !broken && c.status == 0 {
 		c.unknown++
 	}
 	switch {

@@ -21,14 +21,18 @@ type verifyDesk struct {
 	recent   map[matrix.ServerName]int32 // how many of them are for a server
 	fetching map[matrix.ServerName]*fetch
 	topFetch int32
+	parked   int32 // requests that wait for a fetch, or that it is for
+	topPark  int32
 }
 
 // peer is an address with requests that are not verified yet.
 type peer struct {
-	name  string
-	queue sched.FIFO[*request]
-	held  int32
-	bytes int64
+	name   string
+	queue  sched.FIFO[*request]
+	turns  bool // it stands in line
+	held   int32
+	parked int32
+	bytes  int64
 }
 
 type fetched struct {
@@ -51,11 +55,11 @@ func (d *verifyDesk) init() {
 // toVerify queues a request to have its signature checked.
 func (m *Machine) toVerify(r *request) {
 	p := m.desk.peers[r.Peer]
-	if !m.unverified.fits(r.Size) || p != nil && r.Peer != "" && !m.peerMay(p, r.Size) {
+	if p != nil && r.Peer != "" && !m.peerMay(p, r.Size) || !m.unverifiedRoom(r, p) {
 		m.full(nil, r, "fsbus: too many requests wait to have their signatures checked")
 		return
 	}
-	if p == nil {
+	if p = m.desk.peers[r.Peer]; p == nil {
 		p = &peer{name: r.Peer}
 		m.desk.peers[r.Peer] = p
 	}
@@ -72,11 +76,63 @@ func (m *Machine) peerMay(p *peer, size int64) bool {
 	return p.held < max(8, m.cfg.Unverified/4) && p.bytes+size <= int64(m.cfg.UnverifiedBytes)/4
 }
 
+// unverifiedRoom makes room for a request of an address, if need be at the expense of
+// that which has most, and reports whether there is. p is nil if it has none yet.
+func (m *Machine) unverifiedRoom(r *request, p *peer) bool {
+	var held, bytes int64
+	if p != nil {
+		held, bytes = int64(p.held), p.bytes
+	}
+	for !m.unverified.fits(r.Size) {
+		if r.Size > m.unverified.maxBytes {
+			return false
+		}
+		load, own := func(x *peer) int64 { return int64(x.held) }, held+1
+		if m.unverified.n < m.unverified.maxN {
+			load, own = func(x *peer) int64 { return x.bytes }, bytes+r.Size
+		}
+		var most *peer
+		for _, x := range m.desk.peers { // in any order: equal ones go by name
+			if n := load(x); x == p || x.queue.Len() == 0 || n <= own {
+				continue
+			} else if most == nil || n > load(most) || n == load(most) && x.name < most.name {
+				most = x
+			}
+		}
+		if most == nil {
+			return false
+		}
+		m.displace(most)
+	}
+	return true
+}
+
+// displace refuses the newest request of an address that has not been looked at.
+func (m *Machine) displace(p *peer) {
+	r, _ := p.queue.PopBack()
+	m.desk.queued--
+	if r.answered {
+		m.free(r)
+		return
+	}
+	m.stats.Displaced++
+	m.full(nil, r, "fsbus: too many requests of this address wait to have their signatures checked")
+}
+
 func (m *Machine) queueVerify(p *peer, r *request) {
 	r.stage = stageQueued
 	m.desk.queued++
-	if p.queue.Push(r); p.queue.Len() == 1 {
+	p.queue.Push(r)
+	if !p.turns {
+		p.turns = true
 		m.desk.turn.Push(p)
+	}
+}
+
+// leavePeer forgets an address that has no requests and does not stand in line.
+func (m *Machine) leavePeer(p *peer) {
+	if p.held == 0 && !p.turns {
+		delete(m.desk.peers, p.name)
 	}
 }
 
@@ -88,9 +144,38 @@ func (m *Machine) unverify(r *request) {
 	r.pool.give(r)
 	p := m.desk.peers[r.Peer]
 	p.bytes -= r.Size
-	if p.held--; p.held == 0 {
-		delete(m.desk.peers, r.Peer)
+	p.held--
+	m.leavePeer(p)
+}
+
+// park counts a request that waits for a fetch, unpark one that does not any more.
+func (m *Machine) park(r *request) {
+	m.desk.parked++
+	m.desk.topPark = max(m.desk.topPark, m.desk.parked)
+	m.desk.peers[r.Peer].parked++
+}
+
+func (m *Machine) unpark(r *request) {
+	m.desk.parked--
+	m.desk.peers[r.Peer].parked--
+}
+
+// mostParked is how many requests may be parked in all: a quarter of those that are
+// held unverified, so that they are in nobody's way whose key is at hand.
+func (m *Machine) mostParked() int32 { return max(2, m.cfg.Unverified/4) }
+
+// mayPark reports whether one more request may wait for a fetch. A quarter of the
+// places is kept for servers that are known, and one address may take a quarter.
+func (m *Machine) mayPark(r *request) bool {
+	most := m.mostParked()
+	here := max(2, most/4)
+	if !m.known(r.Origin) {
+		most -= most / 4
 	}
+	if f := m.desk.fetching[r.Origin]; f != nil && len(f.parked)+1 >= parkedPerOrigin {
+		return false
+	}
+	return m.desk.parked < most && (r.Peer == "" || m.desk.peers[r.Peer].parked < here)
 }
 
 // verifyNext starts checks while there is room for them. Addresses take turns.
@@ -101,11 +186,15 @@ func (m *Machine) verifyNext() {
 		if !ok {
 			return
 		}
-		r, _ := p.queue.Pop()
-		d.queued--
-		if p.queue.Len() > 0 {
+		r, any := p.queue.Pop()
+		if p.turns = p.queue.Len() > 0; p.turns {
 			d.turn.Push(p)
 		}
+		if !any { // they were displaced
+			m.leavePeer(p)
+			continue
+		}
+		d.queued--
 		if r.answered {
 			m.free(r)
 			continue
@@ -125,6 +214,9 @@ func (m *Machine) verified(ev Verified) {
 	if r.fetched {
 		parked = m.desk.fetching[r.Origin].parked
 		delete(m.desk.fetching, r.Origin)
+		for _, p := range append(parked, r) {
+			m.unpark(p)
+		}
 	} else {
 		m.desk.running--
 	}
@@ -179,7 +271,13 @@ func (m *Machine) judge(r *request, ev Verified) {
 // fetch has the key of a request fetched, if there is a fetch left for that.
 func (m *Machine) fetch(r *request, text string) {
 	d := &m.desk
+	if !m.mayPark(r) {
+		m.stats.ParkedDenied++
+		m.noKey(r, false, text)
+		return
+	}
 	if f := d.fetching[r.Origin]; f != nil {
+		m.park(r)
 		r.stage = stageParked
 		f.parked = append(f.parked, r)
 		return
@@ -195,6 +293,7 @@ func (m *Machine) fetch(r *request, text string) {
 		return
 	}
 	m.stats.Fetches++
+	m.park(r)
 	d.fetches.Push(fetched{m.now, r.Origin})
 	d.recent[r.Origin]++
 	d.topFetch = max(d.topFetch, int32(d.fetches.Len()))
@@ -224,7 +323,7 @@ func (m *Machine) oldFetches() {
 func (m *Machine) noKey(r *request, tried bool, text string) {
 	m.stats.NoKey++
 	switch {
-	case m.cfg.NoKey == PassNoKey && m.strangers.waiting() < passQueue && m.strangers.fits(r, &m.cfg) && m.room(r, BandLookup):
+	case m.cfg.NoKey == PassNoKey && m.strangers.waiting() < passQueue && m.strangers.fits(r, &m.cfg) && m.room(r, BandLookup, m.strangers):
 		m.admit(r)
 		m.stats.Passed++
 		m.ask(r, m.strangers, BandLookup)

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"fsbus/bus/matrix"
 	"fsbus/sched"
 )
 
@@ -163,7 +164,7 @@ func (m *Machine) homeEnded(c *call, ev Done, lost bool) {
 	l := &m.lanes[bands[c.band].lane]
 	away := lost || gateway(c.status) && (c.txn != nil || c.probe)
 	if !away {
-		if c.status == 0 {
+		if c.status == 0 && ev.Failure != matrix.FailLocal { // which says nothing about it
 			l.window.halve(m.now)
 			l.resize()
 		}

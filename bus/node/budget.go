@@ -57,13 +57,17 @@ const (
 	keyWantCost = 100 * sched.Bytes(1)
 	maxKeyWants = 10000
 	// Of the edge: a connection with TLS (57 KiB resident, measured, with HTTP/2 a
-	// little more), a request that waits on one, beside its body (6 KiB measured), one
-	// whose body is being read, one that the homeserver works on with its answer's way
-	// through the copy buffer, a server that is remembered, and a key at hand.
+	// little more), a request that waits on one, beside its body, one whose body is
+	// being read, one that the homeserver works on with its answer's way through the
+	// copy buffer, what the answer to a transaction takes more than that buffer, which
+	// it does not use, a server that is remembered, and a key at hand. The most that a
+	// request takes is perRequest and maxDetails; what all have beyond usualDetails is
+	// bounded by leastDetails and a quarter of edge.spool_memory.
 	edgeConnCost    = 58 * sched.KiB
-	edgeRequestCost = 6 * sched.KiB
+	edgeRequestCost = sched.Bytes(perRequest)
 	edgeReadingCost = 48 * sched.KiB
 	forwardCost     = 60 * sched.KiB
+	txnAnswerCost   = maxAnswerKept - 32*sched.KiB
 	originCost      = 400 * sched.Bytes(1)
 	ringCost        = 256 * sched.Bytes(1)
 	// scanCost is what a scanner knows of the room whose answer it looks through.
@@ -155,9 +159,11 @@ func (c *Config) Budget() Budget {
 		forwards := e.Concurrency + e.Parallel
 		add("servers' connections", "edge.max_connections", e.MaxConnections, edgeConnCost)
 		add("servers' requests", "edge.requests", e.Requests+e.Unverified, edgeRequestCost)
+		add("of them, large headers", "", 1, leastDetails)
 		add("servers' bodies, and answers", "edge.spool_memory", 2, e.SpoolMemory)
 		add("of them, being read", "edge.max_reading", e.MaxReading, edgeReadingCost)
 		add("at the homeserver", "edge.parallel", forwards, forwardCost)
+		add("of them, transactions", "edge.concurrency", e.Concurrency, txnAnswerCost)
 		add("origins remembered", "edge.origins", e.Origins, originCost)
 		add("keys at hand", "", 2*maxRing, ringCost)
 		// One body of the largest size at a time, and what is made of it to check it.

@@ -74,7 +74,7 @@ type EdgeConfig struct {
 	KeyFetches int `toml:"key_fetches" range:"4..100000"`
 	// Unverified and UnverifiedBytes bound the requests whose signatures are being
 	// checked, Requests and RequestBytes those that wait for their turn or their
-	// answer. Defaults 256, 64 MiB, 512 and 64 MiB. Each costs 6 KiB. SpoolMemory is
+	// answer. Defaults 256, 64 MiB, 512 and 64 MiB. Each costs 16 KiB. SpoolMemory is
 	// how many of the bytes are in memory, and as many of the answers; the rest is in
 	// DataDir, of the answers at most half of Outbound.SpoolDisk. Default 1 MiB.
 	Unverified      int         `toml:"unverified" range:"8..100000" fit:"32"`

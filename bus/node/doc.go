@@ -50,9 +50,11 @@
 //     (keyring.go); a key that is missing is fetched by the outbound core's key desk.
 //  3. A reader looks the transaction up in the store (edge_store.go), a forwarder
 //     takes it to the homeserver (edge_forward.go) and writes the answer into a
-//     spooled body, and what was acknowledged is stored before it is passed on.
+//     spooled body, or that to a transaction into memory of its own, and what was
+//     acknowledged is stored before it is passed on.
 //  4. The request's own goroutine writes the answer (edge_execute.go), so readers that
-//     are slow hold up nobody. Requests and answers have spools of their own, so that
+//     are slow hold up nobody. What they leave unread counts against them
+//     (edge_unread.go). Requests and answers have spools of their own, so that
 //     nothing from outside takes the room of what goes out.
 //
 // Of bodies that are so large that they lie on disk, one is in memory at a time

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"fsbus/bus/edge"
@@ -40,6 +41,9 @@ type edgeShell struct {
 	ring     *keyring
 	own      ownAnswers
 	covers   hasher
+	unread   *unread
+	details  *details
+	acl      atomic.Pointer[edge.ACL] // the core has the same one
 
 	verifiers *sched.Pool[verifyJob]
 	forwards  *sched.Pool[*relay]
@@ -65,13 +69,26 @@ type caller struct {
 	auth     auth
 	event    string // the event that it asks for, if the outbox may have it
 	txn      *edge.Txn
-	follows  []follow // which events its PDUs come after
 	found    []byte   // what its Look found
 	acked    []string // the events of its PDUs, as far as they are known
 
 	unchecked bool // its body is too large to be looked into
 	ended     bool
 	freed     bool
+	authentic bool // its signature has been checked; the loop's goroutine writes it
+
+	peer  string       // the address that it comes from; "" if nobody knows
+	extra int64        // bytes of details, beyond what all have
+	holds atomic.Int32 // of the core, of relays and of the answer; the last one gives extra back
+}
+
+// client names whom the request's answer is for: its origin, if it is known that it is,
+// else an address.
+func (c *caller) client() string {
+	if c.authentic {
+		return string(c.auth.origin)
+	}
+	return "address " + c.peer // no server's name has a blank
 }
 
 // newEdge returns nil if there is none.
@@ -104,14 +121,19 @@ func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
 			return nil, fmt.Errorf("edge.upstream: %w", err)
 		}
 	}
+	core := e.core()
+	s.acl.Store(edge.NewACL(&core))
+	bodies, beyond := e.requestsMemory()
+	answers, kept := e.answersMemory()
+	s.details, s.unread = newDetails(beyond), newUnread(answers+cfg.answersDisk(), kept)
 	for _, sp := range []struct {
-		spool **netx.Spool
-		dir   string
-		disk  int64
-	}{{&s.spool, "spool-edge", cfg.edgeDisk()}, {&s.answers, "spool-answers", int64(cfg.Outbound.SpoolDisk) / 2}} {
+		spool        **netx.Spool
+		dir          string
+		memory, disk int64
+	}{{&s.spool, "spool-edge", bodies, cfg.edgeDisk()}, {&s.answers, "spool-answers", answers, cfg.answersDisk()}} {
 		*sp.spool, err = netx.NewSpool(netx.SpoolConfig{
 			Dir:    filepath.Join(cfg.DataDir, sp.dir),
-			Memory: int64(e.SpoolMemory), Disk: sp.disk, Inline: int64(cfg.Outbound.SpoolInline),
+			Memory: sp.memory, Disk: sp.disk, Inline: int64(cfg.Outbound.SpoolInline), Files: spoolFiles,
 		})
 		if err != nil {
 			return nil, err
@@ -124,7 +146,7 @@ func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
 		MaxBody: s.maxBody, Spool: s.spool, Logger: n.log,
 		Check: s.check, Handle: s.ingest, Gone: s.gone,
 	})
-	s.core = edge.New(e.core(), mathrand.New(mathrand.NewChaCha8(seed)))
+	s.core = edge.New(core, mathrand.New(mathrand.NewChaCha8(seed)))
 	return s, nil
 }
 
@@ -189,6 +211,9 @@ func (s *edgeShell) step(now sched.Time, ev edge.Event, out []edge.Effect) []edg
 	if look := s.n.hooks.edgeEvent; look != nil {
 		look(ev)
 	}
+	if v, ok := ev.(edge.Verified); ok && v.Verdict == edge.Good {
+		s.requests[v.Req].authentic = true
+	}
 	return s.core.Step(now, ev, out)
 }
 
@@ -205,7 +230,9 @@ func (s *edgeShell) reload(cfg *Config) {
 			s.n.log.Error("the edge goes on with the certificate that it has", "error", err)
 		}
 	}
-	s.post(edge.Reconfigured{Config: cfg.Edge.core()})
+	core := cfg.Edge.core()
+	s.acl.Store(edge.NewACL(&core))
+	s.post(edge.Reconfigured{Config: core})
 }
 
 // stop takes nothing new, and lets what is under way come to an end by a moment.

@@ -3,7 +3,9 @@ package node
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"strconv"
 	"sync/atomic"
@@ -20,7 +22,9 @@ type edgeCounts struct {
 	own       atomic.Int64 // answered by the bus: well-known, keys, version
 	unknown   atomic.Int64 // paths that do not exist
 	malformed atomic.Int64
+	denied    atomic.Int64 // their origin may not talk to us
 	clients   atomic.Int64 // passed on as they are
+	busy      atomic.Int64 // no room for what is in their headers and lists
 	replies   replyCounts
 }
 
@@ -59,7 +63,9 @@ func (s *edgeShell) perform(e edge.Effect, looked *caller) {
 		c.freed = true
 		s.forget(e.Req, c)
 	case edge.Discard:
-		s.relays[e.Op].body.Release()
+		r := s.relays[e.Op]
+		r.body.Release()
+		s.drop(r.c)
 		delete(s.relays, e.Op)
 	case edge.Drained:
 		close(s.drained)
@@ -82,6 +88,7 @@ func (s *edgeShell) ended(id edge.ReqID) *caller {
 func (s *edgeShell) forget(id edge.ReqID, c *caller) {
 	if c.ended && c.freed {
 		delete(s.requests, id)
+		s.drop(c)
 	}
 }
 
@@ -92,30 +99,51 @@ func (s *edgeShell) gone(q *netx.EdgeRequest) {
 	}
 }
 
-// reply has a request answered with what the homeserver said, in the request's own
-// goroutine.
+// reply has a request answered with what the homeserver said.
 func (s *edgeShell) reply(c *caller, r *relay) {
-	r.body.Retain()
-	err := c.q.Answer(func() {
-		defer r.body.Release()
-		reader := r.body.Reader()
-		defer reader.Close()
-		size := r.size
-		if r.body.Complete() {
-			size = r.body.Size()
-		}
-		s.wrote(c, c.q.Stream(r.status, r.header, size, reader))
-	})
-	if err != nil {
-		r.body.Release()
-		s.wrote(c, err)
+	if r.data != nil {
+		s.answer(c, r.status, r.header, r.data)
+		return
 	}
+	size := r.size
+	if r.body.Complete() {
+		size = r.body.Size()
+	}
+	var from io.ReadCloser
+	if b, ok := r.body.Bytes(); ok && len(b) <= wholeAtOnce {
+		from = r.body.Reader() // it goes out in one piece, and counts in the spool until then
+	} else {
+		from = s.unread.spooled(c.client(), r.body)
+	}
+	s.write(c, func() error { return c.q.Stream(r.status, r.header, size, from) }, from)
 }
 
-// answer has a request answered by the bus.
+// answer has a request answered with what is in memory.
 func (s *edgeShell) answer(c *caller, status int, header http.Header, body []byte) {
-	err := c.q.Answer(func() { s.wrote(c, c.q.Reply(status, header, body)) })
+	if len(body) <= wholeAtOnce {
+		s.write(c, func() error { return c.q.Reply(status, header, body) }, io.NopCloser(nil))
+		return
+	}
+	h := http.Header{"Content-Type": {"application/json"}}
+	maps.Copy(h, header)
+	from, size := s.unread.inMemory(c.client(), body), int64(len(body))
+	s.write(c, func() error { return c.q.Stream(status, h, size, from) }, from)
+}
+
+// write has an answer written in the request's own goroutine, and closes what it is
+// read from.
+func (s *edgeShell) write(c *caller, do func() error, from io.Closer) {
+	c.hold()
+	end := func() {
+		_ = from.Close() // always nil
+		s.drop(c)
+	}
+	err := c.q.Answer(func() {
+		defer end()
+		s.wrote(c, do())
+	})
 	if err != nil {
+		end()
 		s.wrote(c, err)
 	}
 }

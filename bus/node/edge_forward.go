@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"sync"
 	"time"
 
 	"fsbus/bus/edge"
@@ -27,18 +28,19 @@ type relay struct {
 	header http.Header
 	size   int64 // -1 when the homeserver does not say
 	body   *netx.Body
+	data   []byte // of a transaction, the whole body if it is small; then body is empty
 
 	whole *edge.Answered // not posted yet: it goes together with Done
 
-	// Of the 200 to a transaction, before Done is posted: the body, if it is not too
-	// large to be kept, what it acknowledges, and the PDUs that are thereby done with.
-	kept  []byte
+	// Of the 200 to a transaction, before Done is posted: what it acknowledges, and the
+	// PDUs that are thereby done with.
 	acked []string
 	pdus  []store.InboundPDU
 }
 
 func (s *edgeShell) forward(e edge.Forward) {
 	c := s.requests[e.Req]
+	c.hold()
 	r := &relay{op: e.Op, c: c, body: s.answers.New()}
 	if c.q.Body != nil {
 		c.q.Body.Retain()
@@ -61,17 +63,8 @@ func (r *relay) run(s *edgeShell) {
 // read looks into an answer of which something is kept.
 func (r *relay) read(s *edgeShell) {
 	s.own.keep(r, s.n)
-	if r.c.txn == nil || r.status != http.StatusOK {
-		return
-	}
-	r.kept = r.bytes()
-	ids, failed, ok := matrix.AcknowledgedPDUs(r.kept)
-	if !ok {
-		return
-	}
-	r.acked = ids
-	if failed == 0 && len(ids) == len(r.c.txn.Hashes) {
-		r.pdus = r.acknowledged(s)
+	if r.c.txn != nil && r.c.authentic && r.status == http.StatusOK {
+		r.acknowledged(s)
 	}
 }
 
@@ -148,23 +141,33 @@ func (s *edgeShell) exchange(r *relay) (done edge.Done) {
 	}
 	r.status, r.header, r.size = resp.StatusCode, resp.Header, resp.ContentLength
 	answered := edge.Answered{Op: r.op, Status: resp.StatusCode}
+	busy := resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable
+	var begin []byte
 	switch {
-	case resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable:
-		var begin []byte
+	case r.c.endpoint.Name == "send":
+		// It has memory of its own, so that no transaction that the homeserver has
+		// acknowledged fails for want of room, whatever others leave unread.
+		begin, err = io.ReadAll(io.LimitReader(resp.Body, min(maxAnswerKept, limit)+1))
+	case busy:
 		begin, err = io.ReadAll(io.LimitReader(resp.Body, peek429))
+	}
+	if busy {
 		answered.RetryAfter, _ = matrix.ParseRetryAfter(resp.Header.Get("Retry-After"), begin, time.Now())
-		s.post(answered)
-		if err == nil {
-			err = fill(r.body, begin, resp.Body, limit)
-		}
-	case resp.ContentLength >= 0 && resp.ContentLength <= wholeAtOnce:
-		err = fill(r.body, nil, resp.Body, limit)
+	}
+	switch {
+	case err == nil && r.c.endpoint.Name == "send" && int64(len(begin)) <= min(maxAnswerKept, limit):
+		r.data = bytes.Clone(begin) // io.ReadAll's may be much larger
+		r.whole = &answered
+	case err == nil && !busy && resp.ContentLength >= 0 && resp.ContentLength <= wholeAtOnce:
+		err = s.fill(r.body, nil, resp.Body, limit)
 		if err == nil || r.body.Size() > 0 {
 			r.whole = &answered
 		}
 	default:
 		s.post(answered)
-		err = fill(r.body, nil, resp.Body, limit)
+		if err == nil {
+			err = s.fill(r.body, begin, resp.Body, limit)
+		}
 	}
 	if err != nil {
 		return s.unforwarded(err)
@@ -190,8 +193,69 @@ func (s *edgeShell) unforwarded(err error) edge.Done {
 	return d
 }
 
+// fill writes begin and what follows it into the body of an answer. If there is no
+// room, what others leave unread makes it.
+func (s *edgeShell) fill(body *netx.Body, begin []byte, rest io.Reader, limit int64) error {
+	to, left := roomy{body, s.unread}, limit-int64(len(begin))
+	if left < 0 {
+		return errAnswerTooLarge
+	}
+	if _, err := to.Write(begin); err != nil {
+		return err
+	}
+	buf := fillBufs.Get().(*fillBuf)
+	defer fillBufs.Put(buf)
+	for {
+		n, err := rest.Read(buf[:])
+		for body.Size() > gatherAfter && err == nil && n < len(buf) {
+			var more int
+			more, err = rest.Read(buf[n:])
+			n += more
+		}
+		if left -= int64(n); left < 0 {
+			return errAnswerTooLarge
+		}
+		if _, err := to.Write(buf[:n]); err != nil {
+			return err
+		}
+		switch err {
+		case nil:
+		case io.EOF:
+			return nil
+		default:
+			return err
+		}
+	}
+}
+
+// gatherAfter is how much of an answer is written as it comes, in bytes; of what comes
+// later each write fills a buffer, since writes to files are what a large one costs.
+const gatherAfter = 1 << 20
+
+type fillBuf [32 << 10]byte
+
+var fillBufs = sync.Pool{New: func() any { return new(fillBuf) }}
+
+// roomy writes into a body, and makes room for that.
+type roomy struct {
+	body   *netx.Body
+	unread *unread
+}
+
+func (w roomy) Write(p []byte) (int, error) {
+	for {
+		n, err := w.body.Write(p)
+		if !errors.Is(err, netx.ErrSpoolFull) || !w.unread.makeRoom() {
+			return n, err
+		}
+	}
+}
+
 // bytes returns the whole of an answer that is small; nil if it is not.
 func (r *relay) bytes() []byte {
+	if r.data != nil {
+		return r.data
+	}
 	if b, ok := r.body.Bytes(); ok {
 		return bytes.Clone(b)
 	}

@@ -10,17 +10,11 @@ import (
 	"fsbus/bus/edge"
 	"fsbus/bus/matrix"
 	"fsbus/netx"
-	"fsbus/sched"
 )
 
 // Whatever comes in is handed on with sensible figures, or refused with an answer.
 func FuzzEdgeRequest(f *testing.F) {
-	cfg := DefaultConfig()
-	cfg.Homeserver.ServerName = "us.test"
-	cfg.Edge.Listen = []string{"127.0.0.1:8448"}
-	n := &Node{clock: sched.NewClock(), takeover: &takeover{}}
-	n.cfg.Store(&cfg)
-	s := &edgeShell{n: n, covers: newHasher()}
+	s := bareEdge(func(c *Config) { c.Edge.Deny = []string{"denied.*"} })
 	spool, err := netx.NewSpool(netx.SpoolConfig{Memory: 1 << 20})
 	if err != nil {
 		f.Fatal(err)
@@ -34,9 +28,13 @@ func FuzzEdgeRequest(f *testing.F) {
 	f.Add("GET", "/_matrix/federation/v1/event/$a?x", strings.Replace(auth, `"us.test"`, "us.test", 1), "")
 	f.Add("POST", "/_matrix/federation/v1/get_missing_events/!r", auth, strings.Repeat("[", 2000))
 	f.Add("GET", "/.well-known/matrix/server", "", "")
+	f.Add("PUT", send+"1", strings.Replace(auth, "x.test", "denied.test", 1), `{"origin":"denied.test","pdus":[]}`)
 	f.Add("OPTIONS", "/_matrix/client/../federation", "Bearer x", " ")
 	id := uint64(0)
 	f.Fuzz(func(t *testing.T, method, target, headers, content string) {
+		if len(target) > 8<<10 {
+			return // netx refuses it
+		}
 		id++
 		q := &netx.EdgeRequest{ID: id, Method: method, Target: target, Header: http.Header{"Authorization": strings.Split(headers, "\n")}, Received: time.Now(), Size: int64(len(content))}
 		if ref := s.check(q); ref != nil {
@@ -65,7 +63,7 @@ func FuzzEdgeRequest(f *testing.F) {
 			}
 			return
 		}
-		if a.Origin == "us.test" || !ep.Unsigned && (a.Origin == "" || len(a.Keys) == 0 || len(a.Keys) > maxSignatures) || a.Size < perRequest || a.Endpoint == nil {
+		if a.Origin == "us.test" || !ep.Unsigned && (a.Origin == "" || len(a.Keys) == 0 || len(a.Keys) > maxSignatures) || a.Size < perRequest || c.extra > maxDetails || strings.HasPrefix(string(a.Origin), "denied.") || a.Endpoint == nil {
 			t.Fatalf("%+v", a)
 		}
 		if (a.Txn != nil) != (ep.Name == "send") {

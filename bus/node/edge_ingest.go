@@ -74,6 +74,9 @@ func (s *edgeShell) check(q *netx.EdgeRequest) *netx.EdgeRefusal {
 		}
 		return nil
 	}
+	if headerSize(q.Header) > maxHeader {
+		return s.malformed(errHeader)
+	}
 	if body, ok := s.own.get(ep, q.Target); ok {
 		s.counts.own.Add(1)
 		return &netx.EdgeRefusal{Status: http.StatusOK, Body: body}
@@ -84,8 +87,13 @@ func (s *edgeShell) check(q *netx.EdgeRequest) *netx.EdgeRefusal {
 	if strings.HasPrefix(ep.Name, "other") && len(q.Header["Authorization"]) == 0 {
 		return s.unknownPath() // as the homeserver answers it, without asking it
 	}
-	if _, err := readAuth(q.Header, s.n.cfg.Load().Homeserver.ServerName); err != nil {
+	a, err := readAuth(q.Header, s.n.cfg.Load().Homeserver.ServerName)
+	if err != nil {
 		return s.malformed(err)
+	}
+	if !s.acl.Load().Allows(a.origin) { // the core says the same, but would have it read first
+		s.counts.denied.Add(1)
+		return &netx.EdgeRefusal{Status: http.StatusForbidden, Errcode: matrix.MForbidden, Message: fmt.Sprintf("fsbus: %s may not talk to this server", a.origin)}
 	}
 	if q.Size == 0 && hasContent(q.Method) {
 		return s.malformed(errNoContent)
@@ -110,6 +118,7 @@ func (e *mistake) Error() string { return e.text }
 // The answers are those of Synapse (federation/transport/server/_base.py,
 // http/servlet.py, federation/federation_server.py).
 var (
+	errHeader      = &mistake{http.StatusRequestHeaderFieldsTooLarge, matrix.MTooLarge, "The request has too many header fields, or too long ones"}
 	errNoAuth      = &mistake{http.StatusUnauthorized, matrix.MUnauthorized, "Missing Authorization headers"}
 	errBadAuth     = &mistake{http.StatusBadRequest, matrix.MUnauthorized, "Malformed Authorization header"}
 	errOwn         = &mistake{http.StatusUnauthorized, matrix.MUnauthorized, "The origin is this server itself"}
@@ -162,8 +171,10 @@ func readAuth(h http.Header, own matrix.ServerName) (a auth, err error) {
 			return auth{}, errDestination
 		}
 		// What outlives the request must not hold on to its header.
-		x.Origin, x.Key = strings.Clone(x.Origin), strings.Clone(x.Key)
-		a.origin = matrix.ServerName(x.Origin)
+		if a.origin == "" {
+			a.origin = matrix.ServerName(strings.Clone(x.Origin))
+		}
+		x.Origin, x.Key = string(a.origin), strings.Clone(x.Key)
 		if isKeyID(x.Key) {
 			a.signatures = append(a.signatures, x)
 		}
@@ -193,9 +204,6 @@ func (a *auth) keyIDs() []string {
 	return ids
 }
 
-// perRequest is what a request takes of memory besides its body.
-const perRequest = 6 << 10
-
 // ingest hands a request to the core. It runs on the request's goroutine.
 func (s *edgeShell) ingest(q *netx.EdgeRequest) {
 	ep := matrix.Match(q.Method, q.Target)
@@ -221,6 +229,17 @@ func (s *edgeShell) ingest(q *netx.EdgeRequest) {
 		_ = q.Reply(ref.Status, nil, matrix.ErrorJSON(ref.Errcode, ref.Message)) // who has gone has gone
 		return
 	}
+	if !s.details.take(c.peer, c.extra) {
+		s.counts.busy.Add(1)
+		_ = q.Reply(http.StatusServiceUnavailable, http.Header{"Retry-After": {"5"}}, busyBody) // the same
+		return
+	}
+	c.hold() // until the core is through with it
+	defer func() {
+		if !posted {
+			s.drop(c)
+		}
+	}()
 	s.closing.RLock()
 	defer s.closing.RUnlock()
 	if s.closed {
@@ -237,9 +256,9 @@ func (s *edgeShell) arrived(q *netx.EdgeRequest, c *caller) (a edge.Arrived, err
 	a = edge.Arrived{
 		Req: edge.ReqID(q.ID), Peer: peerOf(q.Client, cfg.Edge.proxies()),
 		Endpoint: c.endpoint, Class: c.endpoint.Class,
-		Received: s.n.clock.At(q.Received), Size: perRequest,
+		Received: s.n.clock.At(q.Received),
 	}
-	a.Size += q.Size // in memory or on disk, both are bounded
+	c.peer = a.Peer
 	if !c.endpoint.Unsigned {
 		if c.auth, err = readAuth(q.Header, cfg.Homeserver.ServerName); err != nil {
 			return a, err
@@ -266,6 +285,8 @@ func (s *edgeShell) arrived(q *netx.EdgeRequest, c *caller) (a edge.Arrived, err
 			c.event, a.Look = id, true
 		}
 	}
+	c.extra = max(0, headerSize(q.Header)+int64(len(q.Target))+c.auth.size()+txnSize(c.txn)-usualDetails)
+	a.Size = perRequest + c.extra + q.Size // in memory or on disk, all are bounded
 	return a, nil
 }
 
@@ -339,7 +360,7 @@ func (s *edgeShell) transaction(c *caller, a edge.Arrived) (*edge.Txn, error) {
 	default:
 		return nil, errTransaction
 	}
-	t := &edge.Txn{ID: id, BodyHash: edge.Hash(q.Sum), PDUs: int32(len(txn.PDUs)), EDUs: int32(len(txn.EDUs))}
+	t := &edge.Txn{ID: strings.Clone(id), BodyHash: edge.Hash(q.Sum), PDUs: int32(len(txn.PDUs)), EDUs: int32(len(txn.EDUs))}
 	var keys [][]byte
 	ephemeral, lives := len(txn.PDUs) == 0, time.Duration(0)
 	for _, it := range txn.Items(nil) {
@@ -357,6 +378,9 @@ func (s *edgeShell) transaction(c *caller, a edge.Arrived) (*edge.Txn, error) {
 	if t.Ephemeral && lives > 0 {
 		t.Expires = a.Received.Add(lives)
 	}
+	if len(txn.PDUs) > 0 {
+		t.Hashes = make([]edge.Hash, 0, len(txn.PDUs))
+	}
 	for i := range txn.PDUs {
 		p := &txn.PDUs[i]
 		t.Hashes = append(t.Hashes, edge.Hash(p.Hash()))
@@ -364,6 +388,5 @@ func (s *edgeShell) transaction(c *caller, a edge.Arrived) (*edge.Txn, error) {
 			t.Rooms = append(t.Rooms, strings.Clone(p.Room))
 		}
 	}
-	c.follows = follows(txn.PDUs)
 	return t, nil
 }

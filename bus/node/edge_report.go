@@ -19,7 +19,7 @@ type EdgeReport struct {
 	Handshake   uint64          `json:"handshakes_failed"`
 	HTTP2       uint64          `json:"http2_requests"`
 	Listener    map[int]uint64  `json:"listener_answers"` // given before a body was read, by status
-	Requests    int64           `json:"requests"`         // that the core decided about
+	Requests    int64           `json:"requests"`         // that the core decided about, or whose origin is denied
 	Bands       []BandReport    `json:"bands"`
 	Answered    []CountReport   `json:"answered"`
 	Refused     []CountReport   `json:"refused"` // by reason
@@ -100,7 +100,10 @@ const (
 
 // report describes the present moment, with a snapshot of the core.
 func (s *edgeShell) report(snap *edge.Snapshot, server netx.EdgeStats) *EdgeReport {
-	st := &snap.Stats
+	st := snap.Stats // its own, as some counts are ours
+	denied := s.counts.denied.Load()
+	st.Requests += denied
+	st.Refused[edge.ForACL] += denied
 	r := &EdgeReport{
 		Homeserver:  HomeReport{Up: snap.Home.Up, Why: snap.Home.Why, Downs: snap.Home.Downs, Down: seconds(snap.Home.Down)},
 		Connections: server.Open, Evicted: server.Evicted, OverAddress: server.OverAddr, Handshake: server.Handshake, HTTP2: server.HTTP2, Listener: server.Refused,
@@ -111,11 +114,11 @@ func (s *edgeShell) report(snap *edge.Snapshot, server netx.EdgeStats) *EdgeRepo
 		Signatures: []CountReport{{"good", st.Verified}, {"forged", st.Forged}, {"no_key", st.NoKey}},
 		Other: []CountReport{
 			{"own_answers", s.counts.own.Load()}, {"unknown_paths", s.counts.unknown.Load()}, {"malformed", s.counts.malformed.Load()},
-			{"clients", s.counts.clients.Load()}, {"passed_unverified", st.Passed},
+			{"clients", s.counts.clients.Load()}, {"no_room_for_details", s.counts.busy.Load()}, {"passed_unverified", st.Passed},
 			{"joined", st.Joined}, {"differing", st.Differing}, {"shared", st.Shared}, {"limited", st.Limited}, {"evicted", st.Evicted},
 			{"held_longest", st.HeldLongest}, {"forwarded", st.Forwarded}, {"forwarded_again", st.Again}, {"stalled", st.Stalled},
 			{"acknowledged", st.Acknowledged}, {"recorded", st.Recorded}, {"unrecorded", st.Unrecorded}, {"aged", st.Aged}, {"origins_forgotten", st.Forgotten},
-			{"reply_cut", s.counts.replies.cut.Load()}, {"reply_slow", s.counts.replies.slow.Load()}, {"reply_gone", s.counts.replies.gone.Load()},
+			{"reply_cut", s.counts.replies.cut.Load()}, {"reply_slow", s.counts.replies.slow.Load()}, {"reply_gone", s.counts.replies.gone.Load()}, {"reply_unread", s.unread.cuts.Load()},
 		},
 		Endpoints: s.endpoints.report(),
 	}

@@ -113,11 +113,10 @@ func (s *edgeShell) record(e edge.Record) {
 		row := store.InboundTxn{Origin: a.Origin, ID: a.Txn.ID, Answered: now, Answer: emptyAnswer}
 		if a.Op != 0 {
 			r := s.relays[a.Op]
-			if r.kept != nil { // else it is larger than any real one, and only that it was answered counts
-				row.Answer = r.kept
+			if r.data != nil { // else it is larger than any real one, and only that it was answered counts
+				row.Answer = r.data
 			}
 			row.PDUs = r.pdus
-			s.came(a.Txn, r)
 		}
 		batch.Inbound = append(batch.Inbound, row)
 	}
@@ -131,47 +130,63 @@ func (s *edgeShell) record(e edge.Record) {
 	}
 }
 
-// came notes for the gaps which events an answer to a transaction acknowledges.
-func (s *edgeShell) came(t *edge.Txn, r *relay) {
-	for _, id := range r.acked {
-		s.gaps.came(mark(id))
+// acknowledged finds out what the answer to a transaction acknowledges, and which
+// events are missing before its PDUs. The transaction is taken apart again for that,
+// as what it was made of is more than a request may hold while it waits.
+func (r *relay) acknowledged(s *edgeShell) {
+	t := r.c.txn
+	ids, failed, ok := matrix.AcknowledgedPDUs(r.data)
+	if ok {
+		r.acked = ids
 	}
-	s.gaps.note(r.c.auth.origin, r.c.follows, s.n.clock.Now())
-	if len(r.acked) > 0 {
-		for _, room := range t.Rooms {
-			s.gaps.came(mark(room))
+	var pdus []matrix.PDU
+	if t.PDUs > 0 {
+		body, done, err := s.bulk.whole(r.c.q.Body, r.c.q.Size)
+		defer done() // pdus are parts of it
+		if err == nil {
+			if txn, err := matrix.ParseTransaction(body); err == nil || errors.Is(err, matrix.ErrNoOrigin) {
+				pdus = txn.PDUs
+			}
 		}
 	}
+	if ok && failed == 0 && len(ids) == len(t.Hashes) {
+		r.pdus = settledPDUs(t, pdus, ids)
+	}
+	s.came(r, follows(pdus))
 }
 
-// acknowledged returns the PDUs of a transaction of which the answer acknowledges each.
+// settledPDUs returns the PDUs of a transaction of which the answer acknowledges each.
 // Which of its ids is that of which PDU it does not say, so where there are several
 // they are computed. One may be left without, if the homeserver knows better than we
 // how its room makes ids.
-func (r *relay) acknowledged(s *edgeShell) []store.InboundPDU {
-	pdus := make([]store.InboundPDU, len(r.c.txn.Hashes))
-	for i, h := range r.c.txn.Hashes {
+func settledPDUs(t *edge.Txn, parsed []matrix.PDU, acked []string) []store.InboundPDU {
+	pdus := make([]store.InboundPDU, len(t.Hashes))
+	for i, h := range t.Hashes {
 		pdus[i].Hash = h
 	}
 	if len(pdus) == 1 {
-		pdus[0].EventID = r.acked[0]
+		pdus[0].EventID = acked[0]
 		return pdus
 	}
-	body, done, err := s.bulk.whole(r.c.q.Body, r.c.q.Size)
-	defer done()
-	if err != nil {
-		return pdus
-	}
-	txn, err := matrix.ParseTransaction(body)
-	if err != nil && !errors.Is(err, matrix.ErrNoOrigin) {
-		return pdus
-	}
-	for i := range txn.PDUs {
-		for _, id := range matrix.EventIDs(txn.PDUs[i].Raw) {
-			if slices.Contains(r.acked, id) {
+	for i := range parsed {
+		for _, id := range matrix.EventIDs(parsed[i].Raw) {
+			if slices.Contains(acked, id) {
 				pdus[i].EventID = id
 			}
 		}
 	}
 	return pdus
+}
+
+// came notes for the gaps which events an answer to a transaction acknowledges.
+func (s *edgeShell) came(r *relay, list []follow) {
+	for _, id := range r.acked {
+		s.gaps.came(mark(id))
+	}
+	s.gaps.note(r.c.auth.origin, list, s.n.clock.Now())
+	if len(r.acked) > 0 {
+		for _, room := range r.c.txn.Rooms {
+			s.gaps.came(mark(room))
+		}
+	}
 }

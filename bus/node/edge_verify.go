@@ -16,13 +16,13 @@ type verifyJob struct {
 	c        *caller
 	mayFetch bool // a key that is not at hand may be asked for
 	over     bool // that was tried
-	asked    bool // somebody was asked
+	asked    bool // somebody was asked for it; else it was not fetched for want of time or room
 }
 
 // run checks the signatures and posts a verdict, or asks for a key first.
 func (j verifyJob) run(s *edgeShell) {
 	v := s.verify(j)
-	if v.wish != nil && j.mayFetch && !j.over {
+	if j.fetches(v) {
 		v.wish.job = j
 		s.n.loop.Post(event{wants: v.wish})
 		return
@@ -34,6 +34,9 @@ func (j verifyJob) run(s *edgeShell) {
 	v.Req = edge.ReqID(j.c.q.ID)
 	s.post(v.Verified)
 }
+
+// fetches reports whether a key is to be asked for before there is a verdict.
+func (j verifyJob) fetches(v verdict) bool { return v.wish != nil && j.mayFetch && !j.over }
 
 func (j verifyJob) crashed(s *edgeShell, err error) {
 	s.n.log.Error("a worker failed", "error", err)
@@ -120,7 +123,7 @@ func (s *edgeShell) verify(j verifyJob) verdict {
 			// It may have been signed in another spelling of its numbers, and only what
 			// is sure is called forged.
 			return verdict{Verified: edge.Verified{Verdict: edge.NoKey, Text: "the signature does not fit the body as it is spelt", Tried: true}}
-		case errors.Is(err, matrix.ErrSignature) && !j.over && s.n.clock.Now().Wall()-x.fetched > trustFor.Milliseconds():
+		case errors.Is(err, matrix.ErrSignature) && !j.asked && s.n.clock.Now().Wall()-x.fetched > trustFor.Milliseconds():
 			return verdict{edge.Verified{Verdict: edge.NoKey, Text: "the known key does not fit"}, &keyWish{id: x.Key, newer: true}}
 		case errors.Is(err, matrix.ErrSignature):
 			return verdict{Verified: edge.Verified{Verdict: edge.Forged, Text: fmt.Sprintf("the signature with %s is not that of %s", x.Key, origin)}}
