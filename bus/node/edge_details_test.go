@@ -253,7 +253,7 @@ func TestEdgeGivesDetailsBack(t *testing.T) {
 		t.Errorf("%d %s", s, b)
 	}
 	r.sends(r.request(0, "GET", event+"d", ""), 200, "")
-	if n := countOf(r.report().Edge.Other, "no_room_for_details"); n != 1 {
+	if n := countOf(r.report().Edge.Ways, "no_room_for_details"); n != 1 {
 		t.Errorf("%d are counted", n)
 	}
 	d.give("", rest)

@@ -14,7 +14,8 @@ import (
 type EdgeReport struct {
 	Homeserver  HomeReport      `json:"homeserver"`
 	Connections int             `json:"connections"`
-	Evicted     uint64          `json:"connections_evicted"` // idle ones, closed for new ones
+	Evicted     uint64          `json:"connections_evicted"`  // idle ones, closed for new ones
+	Crowding    uint64          `json:"connections_crowding"` // fresh ones, closed since their address has most
 	OverAddress uint64          `json:"connections_over_address"`
 	Handshake   uint64          `json:"handshakes_failed"`
 	HTTP2       uint64          `json:"http2_requests"`
@@ -28,7 +29,10 @@ type EdgeReport struct {
 	KeysDenied  int64           `json:"key_fetches_denied"` // beyond what is allowed
 	Shed        []CountReport   `json:"shed"`               // transactions of presence and typing, by reason
 	EphemeralPS float64         `json:"ephemeral_per_second"`
-	Other       []CountReport   `json:"other"`
+	Ways        []CountReport   `json:"ways"`     // that requests took besides going to the homeserver and back
+	Attempts    []CountReport   `json:"attempts"` // at the homeserver
+	Record      []CountReport   `json:"record"`   // of transactions that the homeserver has acknowledged
+	Replies     []CountReport   `json:"replies"`  // that were not written whole
 	Held        int64           `json:"held_for_joins"`
 	Gaps        int64           `json:"events_with_gaps"`
 	GapRooms    []GapReport     `json:"rooms_with_gaps"`
@@ -89,7 +93,7 @@ type OriginReport struct {
 type CertificateUse struct {
 	Names    []string  `json:"names"`
 	NotAfter time.Time `json:"not_after"`
-	Problem  string    `json:"problem,omitempty"` // why what the files hold now is not in use
+	Problem  string    `json:"problem,omitempty"` // why it is not valid, will soon not be, or what the files hold now is not in use
 }
 
 // worstOrigins is how many origins a report names, worstGaps how many rooms.
@@ -106,19 +110,23 @@ func (s *edgeShell) report(snap *edge.Snapshot, server netx.EdgeStats) *EdgeRepo
 	st.Refused[edge.ForACL] += denied
 	r := &EdgeReport{
 		Homeserver:  HomeReport{Up: snap.Home.Up, Why: snap.Home.Why, Downs: snap.Home.Downs, Down: seconds(snap.Home.Down)},
-		Connections: server.Open, Evicted: server.Evicted, OverAddress: server.OverAddr, Handshake: server.Handshake, HTTP2: server.HTTP2, Listener: server.Refused,
+		Connections: server.Open, Evicted: server.Evicted, Crowding: server.Crowding, OverAddress: server.OverAddr, Handshake: server.Handshake, HTTP2: server.HTTP2, Listener: server.Refused,
 		Requests: st.Requests, KeyFetches: st.Fetches, KeysDenied: st.FetchesDenied, EphemeralPS: snap.EphemeralRate, Held: st.Held,
 		Answered: []CountReport{
 			{"replied", st.Replied}, {"replayed", st.Replayed}, {"from_pdus", st.FromPDUs}, {"empty", st.Empties}, {"gone", st.Gone},
 		},
 		Signatures: []CountReport{{"good", st.Verified}, {"forged", st.Forged}, {"no_key", st.NoKey}},
-		Other: []CountReport{
-			{"own_answers", s.counts.own.Load()}, {"unknown_paths", s.counts.unknown.Load()}, {"malformed", s.counts.malformed.Load()},
-			{"clients", s.counts.clients.Load()}, {"no_room_for_details", s.counts.busy.Load()}, {"passed_unverified", st.Passed},
-			{"joined", st.Joined}, {"differing", st.Differing}, {"shared", st.Shared}, {"limited", st.Limited}, {"evicted", st.Evicted},
-			{"held_longest", st.HeldLongest}, {"forwarded", st.Forwarded}, {"forwarded_again", st.Again}, {"stalled", st.Stalled},
-			{"acknowledged", st.Acknowledged}, {"recorded", st.Recorded}, {"unrecorded", st.Unrecorded}, {"aged", st.Aged}, {"origins_forgotten", st.Forgotten},
-			{"reply_cut", s.counts.replies.cut.Load()}, {"reply_slow", s.counts.replies.slow.Load()}, {"reply_gone", s.counts.replies.gone.Load()}, {"reply_unread", s.unread.cuts.Load()},
+		Ways: []CountReport{
+			{"own_answer", s.counts.own.Load()}, {"unknown_path", s.counts.unknown.Load()}, {"malformed", s.counts.malformed.Load()},
+			{"client", s.counts.clients.Load()}, {"no_room_for_details", s.counts.busy.Load()}, {"passed_unverified", st.Passed},
+			{"key_wait_denied", st.ParkedDenied}, {"displaced", st.Displaced}, {"evicted", st.Evicted}, {"limited", st.Limited},
+			{"joined", st.Joined}, {"differing", st.Differing}, {"shared", st.Shared},
+			{"held_longest", st.HeldLongest}, {"aged", st.Aged}, {"origin_forgotten", st.Forgotten},
+		},
+		Attempts: []CountReport{{"begun", st.Forwarded}, {"again", st.Again}, {"stalled", st.Stalled}, {"broken_off", st.BrokenOff}},
+		Record:   []CountReport{{"acknowledged", st.Acknowledged}, {"recorded", st.Recorded}, {"unrecorded", st.Unrecorded}},
+		Replies: []CountReport{
+			{"cut", s.counts.replies.cut.Load()}, {"slow", s.counts.replies.slow.Load()}, {"gone", s.counts.replies.gone.Load()}, {"unread", s.unread.cuts.Load()},
 		},
 		Endpoints: s.endpoints.report(),
 	}
@@ -150,7 +158,7 @@ func (s *edgeShell) report(snap *edge.Snapshot, server netx.EdgeStats) *EdgeRepo
 	r.Gaps, r.GapRooms = s.gaps.report(worstGaps)
 	if s.certs != nil {
 		i := s.certs.Info()
-		r.Certificate = &CertificateUse{i.Names, i.NotAfter, i.Problem}
+		r.Certificate = &CertificateUse{i.Names, i.NotAfter, certificateWarning(i, time.Now())}
 	}
 	return r
 }
@@ -164,8 +172,9 @@ func (s *edgeShell) budgets(cfg *Config, snap *edge.Snapshot, server netx.EdgeSt
 	return []BudgetUse{
 		{"connections from servers", "count", int64(server.Open), int64(server.MaxOpen), int64(e.MaxConnections)},
 		gauge("requests of servers", snap.Requests),
-		{"their bodies", "bytes", snap.Bytes, snap.BytesMax, snap.BytesLimit},
+		{"bodies of servers' requests", "bytes", snap.Bytes, snap.BytesMax, snap.BytesLimit},
 		gauge("requests being verified", snap.Unverified),
+		gauge("requests that wait for keys", snap.Parked),
 		gauge("keys fetched in a minute", snap.FetchesMinute),
 		{"servers' bodies in memory", "bytes", spool.Memory, spool.MaxMemory, int64(e.SpoolMemory)},
 		{"servers' bodies on disk", "bytes", spool.Disk, spool.MaxDisk, cfg.edgeDisk()},
@@ -191,6 +200,24 @@ func (s *edgeShell) health() string {
 	return "the edge's certificate has expired"
 }
 
+// fates lists what became of requests so far, in words.
+func (r *EdgeReport) fates() (all []CountReport) {
+	for _, list := range []struct {
+		name   string
+		counts []CountReport
+	}{
+		{"", r.Answered}, {"refused: ", r.Refused}, {"signature ", r.Signatures}, {"presence dropped: ", r.Shed}, {"", r.Ways},
+		{"attempts at the homeserver: ", r.Attempts}, {"transactions ", r.Record}, {"answers not written whole: ", r.Replies},
+	} {
+		for _, c := range list.counts {
+			if c.Count > 0 {
+				all = append(all, CountReport{list.name + c.Name, c.Count})
+			}
+		}
+	}
+	return all
+}
+
 func (p page) edge(r *EdgeReport) {
 	if r == nil {
 		return
@@ -210,15 +237,8 @@ func (p page) edge(r *EdgeReport) {
 	}
 	p.end()
 	p.table("What became of them", "", "so far")
-	for _, list := range []struct {
-		name   string
-		counts []CountReport
-	}{{"", r.Answered}, {"refused: ", r.Refused}, {"signature ", r.Signatures}, {"presence dropped: ", r.Shed}, {"", r.Other}} {
-		for _, c := range list.counts {
-			if c.Count > 0 {
-				p.row(list.name+c.Name, c.Count)
-			}
-		}
+	for _, c := range r.fates() {
+		p.row(c.Name, c.Count)
 	}
 	p.row("keys fetched", r.KeyFetches)
 	if r.KeysDenied > 0 {
@@ -266,15 +286,8 @@ func (r *EdgeReport) table(w io.Writer) {
 		fmt.Fprintf(w, "does not answer\t%s\n", r.Homeserver.Why)
 	}
 	fmt.Fprintf(w, "\nTHEIR REQUESTS\tSO FAR\n")
-	for _, list := range []struct {
-		name   string
-		counts []CountReport
-	}{{"", r.Answered}, {"refused: ", r.Refused}, {"signature ", r.Signatures}, {"presence dropped: ", r.Shed}, {"", r.Other}} {
-		for _, c := range list.counts {
-			if c.Count > 0 {
-				fmt.Fprintf(w, "%s%s\t%d\n", list.name, c.Name, c.Count)
-			}
-		}
+	for _, c := range r.fates() {
+		fmt.Fprintf(w, "%s\t%d\n", c.Name, c.Count)
 	}
 	fmt.Fprintf(w, "keys fetched\t%d\n", r.KeyFetches)
 	if len(r.Worst) > 0 {
@@ -301,10 +314,14 @@ func (e exposition) edge(r *EdgeReport) {
 	e.one("fsbus_edge_requests_total", "counter", "Requests of other servers.", float64(r.Requests))
 	e.one("fsbus_edge_connections", "gauge", "Connections of other servers.", float64(r.Connections))
 	e.one("fsbus_edge_connections_evicted_total", "counter", "Idle connections closed to make room.", float64(r.Evicted))
+	e.one("fsbus_edge_connections_crowding_total", "counter", "Fresh connections closed to make room, of addresses with more than a quarter of all.", float64(r.Crowding))
 	e.one("fsbus_edge_key_fetches_total", "counter", "Keys asked for to check signatures.", float64(r.KeyFetches))
 	e.one("fsbus_edge_key_fetches_denied_total", "counter", "Keys not asked for, as too many were.", float64(r.KeysDenied))
 	e.one("fsbus_edge_gaps_total", "counter", "Events that name others before them which have not come by.", float64(r.Gaps))
 	e.one("fsbus_edge_ephemeral_rate", "gauge", "Transactions of presence and typing that the homeserver is given in a second.", r.EphemeralPS)
+	if c := r.Certificate; c != nil {
+		e.one("fsbus_edge_certificate_not_after_seconds", "gauge", "When the certificate in use ends, in seconds since the epoch.", float64(c.NotAfter.Unix()))
+	}
 	for _, f := range []struct {
 		name, label, help string
 		counts            []CountReport
@@ -313,13 +330,13 @@ func (e exposition) edge(r *EdgeReport) {
 		{"fsbus_edge_refused_total", "reason", "Requests that were refused, by reason.", r.Refused},
 		{"fsbus_edge_signatures_total", "verdict", "Signatures that were checked.", r.Signatures},
 		{"fsbus_edge_shed_total", "why", "Transactions of presence and typing that were dropped.", r.Shed},
-		{"fsbus_edge_other_total", "what", "What else there is to count.", r.Other},
+		{"fsbus_edge_ways_total", "way", "Ways that requests took besides going to the homeserver and back.", r.Ways},
+		{"fsbus_edge_attempts_total", "what", "Attempts at the homeserver.", r.Attempts},
+		{"fsbus_edge_record_total", "what", "Transactions that the homeserver acknowledged, and what was recorded of them.", r.Record},
+		{"fsbus_edge_replies_cut_total", "why", "Answers that were not written whole.", r.Replies},
 		{"fsbus_edge_endpoint_requests_total", "endpoint", "Requests of other servers by endpoint.", r.Endpoints},
 	} {
-		e.family(f.name, "counter", f.help)
-		for _, c := range f.counts {
-			e.sample(f.name, float64(c.Count), f.label, c.Name)
-		}
+		e.counts(f.name, f.help, f.label, f.counts)
 	}
 	for _, f := range []struct {
 		name, kind, help string

@@ -142,7 +142,7 @@ func TestEdgeUnreadAnswersHoldUpNobody(t *testing.T) {
 		t.Errorf("the homeserver saw the transactions %d times", n)
 	}
 	_, cuts := unread()
-	if got := countOf(r.report().Edge.Other, "reply_unread"); got != cuts || cuts < 16+most {
+	if got := countOf(r.report().Edge.Replies, "unread"); got != cuts || cuts < 16+most {
 		t.Errorf("%d were cut, %d are reported", cuts, got)
 	}
 }
