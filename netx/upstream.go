@@ -21,7 +21,7 @@ import (
 
 // ErrUpstreamDown is wrapped, below an *Error, by the error of a request for
 // which nobody listened on the homeserver's address: it is stopped, or starting.
-var ErrUpstreamDown = errors.New("netx: the homeserver is down")
+var ErrUpstreamDown = errors.New("the homeserver is down")
 
 var errHeaderTimeout = errors.New("no answer in time")
 
