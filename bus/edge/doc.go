@@ -34,8 +34,8 @@
 // counted apart, by the address that it comes from, and addresses take turns: what is
 // forged is in the way of nobody else. An address may hold a quarter of Unverified, and
 // if that is full, a newcomer displaces the newest of the address that has most. Those
-// that wait for a fetch are a quarter of Unverified at most, 8 of one origin, and a
-// quarter of that quarter of one address or kept for servers that are known. So whose
+// that wait for a fetch are half of Unverified at most, 8 of one origin, and a
+// quarter of that half of one address or kept for servers that are known. So whose
 // key is at hand is verified at once, whoever waits. A bad signature is 401. If the key
 // cannot be had, the homeserver may try (PassNoKey): at PassRate, as if it came from one
 // stranger, and it shares, joins and stores nothing. Or it is 401, but 503 if the

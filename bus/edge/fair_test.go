@@ -71,9 +71,9 @@ func TestParkedRequestsAreInNobodysWay(t *testing.T) {
 		want        int32 // parked
 	}{
 		{"one name from four addresses", 1, 256, func(i int) string { return fmt.Sprint(i % 4) }, parkedPerOrigin},
-		{"names without end from one address", 200, 1, func(int) string { return "A" }, 16},
-		{"names without end from many addresses", 200, 1, func(i int) string { return fmt.Sprint(i) }, 48},
-		{"names without end behind a proxy that does not say", 200, 1, func(int) string { return "" }, 48},
+		{"names without end from one address", 200, 1, func(int) string { return "A" }, 32},
+		{"names without end from many addresses", 200, 1, func(i int) string { return fmt.Sprint(i) }, 96},
+		{"names without end behind a proxy that does not say", 200, 1, func(int) string { return "" }, 96},
 	} {
 		r := newRig(t, func(c *Config) { c.UnverifiedBytes, c.NoKey = Default().UnverifiedBytes, RefuseNoKey })
 		r.send("known.test", pdus("0"))

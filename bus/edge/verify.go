@@ -160,9 +160,9 @@ func (m *Machine) unpark(r *request) {
 	m.desk.peers[r.Peer].parked--
 }
 
-// mostParked is how many requests may be parked in all: a quarter of those that are
+// mostParked is how many requests may be parked in all: half of those that are
 // held unverified, so that they are in nobody's way whose key is at hand.
-func (m *Machine) mostParked() int32 { return max(2, m.cfg.Unverified/4) }
+func (m *Machine) mostParked() int32 { return max(2, m.cfg.Unverified/2) }
 
 // mayPark reports whether one more request may wait for a fetch. A quarter of the
 // places is kept for servers that are known, and one address may take a quarter.
