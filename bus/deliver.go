@@ -136,7 +136,7 @@ func (m *Machine) noteAgain(s *settling) {
 		m.note(s)
 		return
 	}
-	s.queue.busy = false
+	s.queue.busy, s.queue.unnoted = false, false
 	m.plan(s.queue)
 }
 
@@ -149,14 +149,14 @@ func (m *Machine) settled(ev Settled) {
 	delete(o.settles, ev.Batch)
 	q := s.queue
 	if !ev.OK {
-		// The destination has it, or will never have it: nothing is gained by sending
-		// it again meanwhile.
+		// What became of the transaction is known, so it is not sent again meanwhile.
 		m.stats.CommitsFailed++
 		o.unsettled++
+		q.unnoted = true
 		m.timers.Set(m.now.Add(storePause), timer{outcome: s})
 		return
 	}
-	q.busy = false
+	q.busy, q.unnoted = false, false
 	q.Backlog = ev.Backlog
 	o.stats.SetAside += int64(ev.SetAside)
 	switch s.outcome {

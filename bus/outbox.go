@@ -63,6 +63,8 @@ type queue struct {
 	call *call // that is to deliver, or does
 	busy bool  // the store is changing what is pending: nothing may be packed
 
+	unnoted bool // the store could not note what became of the last batch, and is asked again
+
 	due       sched.Time // when what was accepted last is to go; 0: nothing was since the last batch
 	left      bool       // something is pending that has waited long enough for company
 	packed    int64      // how many items were pending when the last batch was packed

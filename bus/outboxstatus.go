@@ -102,6 +102,8 @@ func (m *Machine) queueStatus(now sched.Time, q *queue) QueueStatus {
 		s.State, s.Why = "sending", "a transaction is being made"
 	case c != nil:
 		s.State, s.Why = "sending", fmt.Sprintf("a transaction is on its way for %s", round(now.Sub(c.started)))
+	case q.unnoted:
+		s.State, s.Why = "waiting", "what became of the last transaction could not be written down; that is tried again soon"
 	case q.busy:
 		s.State, s.Why = "sending", "the outcome of the last transaction is being written"
 	case q.Held:

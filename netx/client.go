@@ -149,11 +149,14 @@ func NewClient(c ClientConfig) *Client {
 		tls:     newTLSConfig(&c),
 		connect: c.ConnectTimeout,
 		shake:   c.HandshakeTimeout,
+		now:     c.Now,
 	}
 	d.connectTo = d.connectTCP
 	connector := newConnector(d, c.MaxHeaderBytes)
 	fetcher := &wellKnownFetcher{open: connector.open, now: c.Now, userAgent: c.UserAgent}
 	dns, _ := c.Lookup.(*DNS)
+	known := newWellKnown(c.WellKnownCache, c.Now, random, fetcher.fetch)
+	known.up = d.up
 	return &Client{
 		exchange: exchange{
 			pool:        newPool(max(c.MaxIdle, 0), max(c.MaxIdlePerHost, 0), c.IdleTimeout),
@@ -161,7 +164,7 @@ func NewClient(c ClientConfig) *Client {
 		},
 		dialer:    d,
 		connector: connector,
-		wellKnown: newWellKnown(c.WellKnownCache, c.Now, random, fetcher.fetch),
+		wellKnown: known,
 		lookup:    staticLookup{c.Lookup, c.Static},
 		dns:       dns,
 	}

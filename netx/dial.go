@@ -46,6 +46,8 @@ type dialer struct {
 	tls      *tls.Config // with a ClientSessionCache, without ServerName and NextProtos
 	connect  time.Duration
 	shake    time.Duration
+	now      func() time.Time
+	reached  atomic.Int64 // when a server was connected to last, Unix ns; 0: none was
 	counters dialCounters
 
 	// connectTo makes a TCP connection. It is a field for the tests, which
@@ -307,7 +309,17 @@ func (d *dialer) attempt(ctx context.Context, to netip.AddrPort) (net.Conn, erro
 	if err != nil {
 		return nil, err
 	}
+	d.reached.Store(d.now().UnixNano())
 	return d.counted(conn), nil
+}
+
+// upFor is for how long after a server was connected to our network counts as up.
+const upFor = time.Minute
+
+// up reports whether our network works.
+func (d *dialer) up() bool {
+	at := d.reached.Load()
+	return at != 0 && d.now().Sub(time.Unix(0, at)) < upFor
 }
 
 // connectTCP is what connectTo is outside of tests. The block-list has its

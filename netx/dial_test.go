@@ -92,7 +92,7 @@ func (n *network) stubborn(_ context.Context, to netip.AddrPort) (net.Conn, erro
 func newTestDialer(n *network) *dialer {
 	n.start, n.open = time.Now(), map[string]bool{}
 	return &dialer{lookup: &fakeLookup{}, random: newLockedRand(centred{}), shakes: newHandshakes(-1), connect: 5 * time.Second,
-		shake: 10 * time.Second, tls: newTLSConfig(&ClientConfig{}), connectTo: n.connect}
+		shake: 10 * time.Second, tls: newTLSConfig(&ClientConfig{}), now: time.Now, connectTo: n.connect}
 }
 
 func ports(list ...string) (a []netip.AddrPort) {

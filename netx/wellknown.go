@@ -57,6 +57,11 @@ type wellKnown struct {
 	random *lockedRand
 	flight flight[delegation]
 
+	// up reports whether our network works, as servers were connected to lately. A
+	// failure that looks like ours is the host's then: this machine may have IPv6 only,
+	// or the name servers of that name be down. nil: nothing is known.
+	up func() bool
+
 	mu            sync.Mutex
 	cache         *lru[delegation]
 	outages       *lru[outage]
@@ -115,7 +120,7 @@ func (w *wellKnown) delegation(ctx context.Context, host string) (matrix.ServerN
 		case err == nil:
 		case ctx.Err() != nil:
 			return w.unknown(host, err)
-		case ownNetwork(err), errors.Is(err, errClock):
+		case ownNetwork(err) && !w.isUp(), errors.Is(err, errClock):
 			w.noteOutage(host, err)
 			return w.unknown(host, err)
 		case known && f == matrix.FailLocal:
@@ -125,6 +130,9 @@ func (w *wellKnown) delegation(ctx context.Context, host string) (matrix.ServerN
 	})
 	return d.server, err
 }
+
+// isUp reports whether our network is known to work.
+func (w *wellKnown) isUp() bool { return w.up != nil && w.up() }
 
 // unknown is what counts when a fetch ended with err, which is not the remote's
 // answer. A document that is still good serves on. Without one the request must

@@ -365,6 +365,26 @@ func TestWellKnownOthersOutage(t *testing.T) {
 	}
 }
 
+// TestWellKnownWhileOthersAreReached: what looks like an outage of our own is none
+// while servers are connected to. A machine with IPv6 alone finds no way to a host that
+// has an IPv4 address, and the zone of a name may answer SERVFAIL.
+func TestWellKnownWhileOthersAreReached(t *testing.T) {
+	for name, failure := range ownFailures {
+		wt := newWellKnownTest(centred{})
+		up := true
+		wt.up = func() bool { return up }
+		wt.err = failure
+		got, err := wt.delegation(t.Context(), "a.test")
+		if own := errors.Is(failure, errClock); own != (err != nil) || got != "" {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+		up = false
+		if got, err := wt.delegation(t.Context(), "b.test"); got != "" || err == nil {
+			t.Errorf("%s, and none is reached: %q, %v", name, got, err)
+		}
+	}
+}
+
 // TestWellKnownOutageIsAskedAboutOnce: however many requests there are for a
 // host, few fetches are made while our own network is down.
 func TestWellKnownOutageIsAskedAboutOnce(t *testing.T) {

@@ -30,8 +30,8 @@ type Config struct {
 	Verifying int32
 
 	// Unverified and UnverifiedBytes bound the requests that are held while their
-	// signatures are checked, Requests and Bytes those that are held after that. A quarter
-	// of Unverified may wait for keys to be fetched.
+	// signatures are checked, Requests and Bytes those that are held after that. Half of
+	// Unverified may wait for keys to be fetched.
 	Unverified      int32
 	UnverifiedBytes sched.Bytes
 	Requests        int32

@@ -101,7 +101,7 @@ func (m *Machine) candidate(b Band) *call {
 		}
 	}
 	if ok, full := l.room(b); !ok {
-		if !o.late[b] && b != BandEphemeral {
+		if (!o.late[b] || b == BandJoin) && b != BandEphemeral {
 			m.makeWay(id, full)
 		}
 		return nil
@@ -114,13 +114,19 @@ func (m *Machine) candidate(b Band) *call {
 // take no more than their part of the lane.
 func (m *Machine) turnOf(b Band, l *lane) *origin {
 	o, late := m.ready[b].first(false), m.ready[b].first(true)
-	if late == nil || l.slow >= l.slowMost() {
+	patience := lateAfter
+	switch {
+	case late == nil:
+		return o
+	case b == BandJoin: // whose room takes the homeserver long says nothing about the server
+		patience = 0
+	case l.slow >= l.slowMost():
 		return o
 	}
 	if o == nil {
 		return late
 	}
-	if since := late.nextCall(b).queued; m.now.Sub(since) >= lateAfter && since < o.nextCall(b).queued {
+	if since := late.nextCall(b).queued; m.now.Sub(since) >= patience && since < o.nextCall(b).queued {
 		return late
 	}
 	return o
@@ -175,9 +181,10 @@ func (l *lane) oldBreaks(now sched.Time) {
 	}
 }
 
-// breakable reports whether a stalled attempt may be broken off and made again later.
+// breakable reports whether a stalled attempt may be broken off and made again later. A
+// join's may not: it would come too late then.
 func (c *call) breakable() bool {
-	return c.long && !c.cancelled && c.status == 0 && (c.txn != nil || c.endpoint.CancelSafe && c.unknown+1 < maxTries)
+	return c.band != BandJoin && c.long && !c.cancelled && c.status == 0 && (c.txn != nil || c.endpoint.CancelSafe && c.unknown+1 < maxTries)
 }
 
 // before reports whether an attempt is broken off rather than another.

@@ -272,23 +272,23 @@ func TestBreakingOffIsBounded(t *testing.T) {
 // what changes something is never.
 func TestStalledQuestionsLeaveRoomForOthers(t *testing.T) {
 	r := newRig(t, func(c *Config) { c.Parallel = 4 })
-	r.get("a.test", "GET", "/_matrix/federation/v1/make_join/!r/@u:a.test")
+	r.get("a.test", "GET", "/_matrix/federation/v1/event/$a")
 	r.get("b.test", "PUT", "/_matrix/federation/v2/send_join/!r/$e")
 	r.get("c.test", "PUT", "/_matrix/federation/v2/send_join/!r/$f")
 	r.get("d.test", "PUT", "/_matrix/federation/v2/send_join/!r/$g")
 	r.pass(7 * time.Second)
 	l := &r.m.lanes[laneOther]
 	r.one("all places are taken by what hangs", l.stalled == 4)
-	honest := r.get("e.test", "GET", "/_matrix/federation/v1/make_join/!r/@u:e.test")
+	honest := r.get("e.test", "GET", "/_matrix/federation/v1/event/$e")
 	c := of[Cancel](r.last)
 	r.one("the only one that may be broken off is", len(c) == 1 && r.m.ops[c[0].Op].leader.Req == 1)
 	r.step(Done{Op: c[0].Op, Failure: matrix.FailCancelled})
 	f := r.forwarded()
 	r.one("the other has its place", f.Req == honest)
-	copied := r.get("a.test", "GET", "/_matrix/federation/v1/make_join/!r/@u:a.test")
+	copied := r.get("a.test", "GET", "/_matrix/federation/v1/event/$a")
 	r.one("the first may be joined again", len(r.m.reqs[1].call.waiters) == 2)
 	r.pass(8 * time.Second)
-	r.get("f.test", "GET", "/_matrix/federation/v1/make_join/!r/@u:f.test")
+	r.get("f.test", "GET", "/_matrix/federation/v1/event/$f")
 	c = of[Cancel](r.last)
 	r.one("the next one", len(c) == 1 && c[0].Op == f.Op)
 	r.step(Done{Op: f.Op, Failure: matrix.FailCancelled})
@@ -306,6 +306,25 @@ func TestStalledQuestionsLeaveRoomForOthers(t *testing.T) {
 	if n != 3 || len(of[Refuse](r.all)) > 0 {
 		t.Errorf("%d of 3 answered, refused %+v", n, of[Refuse](r.all))
 	}
+}
+
+// How long a room's join takes says nothing about the server that asks.
+func TestJoinsWaitForNobody(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.Parallel = 16 })
+	r.get("slow.test", "GET", "/_matrix/federation/v1/state/!r?event_id=$e")
+	op := r.forwarded().Op
+	r.pass(1500 * time.Millisecond)
+	r.answer(op, 200)
+	for i := range 12 {
+		r.get(server("s", i), "PUT", "/_matrix/federation/v2/send_join/!r/$e")
+	}
+	r.pass(3 * time.Second)
+	l := &r.m.lanes[laneOther]
+	if l.slots.Free() == 0 || l.slow < l.slowMost() {
+		t.Fatalf("%d places are free, %d of %d slow", l.slots.Free(), l.slow, l.slowMost())
+	}
+	join := r.get("slow.test", "GET", "/_matrix/federation/v1/make_join/!r/@u:slow.test")
+	r.one("it is begun at once", r.forwarded().Req == join)
 }
 
 // Origins that have stalled wait for the others, but not for ever.

@@ -298,8 +298,10 @@ func serves(spec, address string) bool {
 	switch {
 	case port != toPort:
 		return false
-	case host == "" || hostAddr.IsUnspecified():
+	case host == "":
 		return toLocal || to == "" || toAddr.IsUnspecified()
+	case hostAddr.IsUnspecified(): // of one family
+		return to == "" || to == "localhost" || hostAddr.Is4() == toAddr.Is4() && (toLocal || toAddr.IsUnspecified())
 	case host == "localhost" || to == "localhost":
 		return hostLocal && toLocal
 	}

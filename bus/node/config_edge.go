@@ -18,10 +18,11 @@ import (
 
 // EdgeConfig is the side to which other servers connect.
 type EdgeConfig struct {
-	// Listen are the addresses: "address:port" or "unix:/path". Default none: there
+	// Listen are the addresses: "address:port" or "unix:/path", ":port" for all of
+	// IPv4 and IPv6, of which 0.0.0.0 and [::] are one each. Default none: there
 	// is no edge, and nothing else here counts. Each needs one goroutine and one of
 	// MaxConnections.
-	Listen []string `toml:"listen" eg:"[\"0.0.0.0:8448\", \"[::]:8448\"]"`
+	Listen []string `toml:"listen" eg:"\":8448\""`
 	// Upstream is the homeserver's federation listener: "http://host:port" or
 	// "unix:/path". Required with Listen.
 	Upstream string `toml:"upstream" eg:"\"http://127.0.0.1:8008\""`
@@ -86,7 +87,7 @@ type EdgeConfig struct {
 	// which takes twice as much memory. A larger one goes on to the homeserver as if
 	// its key could not be had; with NoKey "refuse" it is refused. Default 12.5 MiB,
 	// which is the largest that there is.
-	CheckedBody sched.Bytes `toml:"checked_body" range:"1MiB..12800KiB" fit:"2MiB"`
+	CheckedBody sched.Bytes `toml:"checked_body" range:"1MiB..12800KiB" fit:"4MiB"`
 	// Origins is how many servers are remembered, more than Requests, Concurrency,
 	// Parallel and 256 together. Default 2000, or what these need. Each costs 400 bytes.
 	Origins int `toml:"origins" range:"100..1000000" fit:"500"`
@@ -402,11 +403,14 @@ func (c *Config) edgeWarnings(warn func(format string, args ...any)) {
 		}
 	}
 	for _, spec := range e.Listen {
-		host, _, err := net.SplitHostPort(spec)
+		host, port, err := net.SplitHostPort(spec)
 		if err != nil {
 			continue // a unix socket
 		}
 		addr, _ := netip.ParseAddr(host)
+		if addr.IsUnspecified() && !slices.Contains(e.Listen, "0.0.0.0:"+port) {
+			warn("edge.listen: %s is IPv6 alone; %q is IPv4, too", quote(spec), ":"+port)
+		}
 		local := addr.IsLoopback() || host == "localhost"
 		switch {
 		case e.TLSCertificate == "" && !local:

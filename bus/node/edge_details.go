@@ -1,6 +1,7 @@
 package node
 
 import (
+	"fmt"
 	"net/http"
 	"sync"
 
@@ -107,6 +108,9 @@ func (d *details) give(peer string, n int64) {
 	d.used -= n
 	if d.by[peer] -= n; d.by[peer] == 0 {
 		delete(d.by, peer)
+	}
+	if d.used < 0 || d.by[peer] < 0 {
+		panic(fmt.Sprintf("node: %d bytes of details of %q are given back twice: %d are in use, %d of them its", n, peer, d.used, d.by[peer]))
 	}
 }
 

@@ -226,10 +226,36 @@ func TestEdgeGivesDetailsBack(t *testing.T) {
 	r.sends(padded(r.request(0, "POST", "/_matrix/federation/v1/user/keys/claim?cut", "{}")), 502, "")
 	eventually(t, "all is given back", func() bool { return used() == 0 })
 
+	// So it is of those that join one under way, whose answer is the only thing that
+	// still refers to them.
+	joined := countOf(r.report().Edge.Ways, "joined")
+	answered := make(chan int, 3)
+	for range 3 {
+		req := padded(r.txn(0, "slow", pduNo(3), ""))
+		go func() {
+			resp, err := r.https.Do(req)
+			if err != nil {
+				answered <- 0
+				return
+			}
+			resp.Body.Close()
+			answered <- resp.StatusCode
+		}()
+	}
+	<-blocked
+	r.until("two join the first", func() bool { return countOf(r.report().Edge.Ways, "joined") == joined+2 })
+	release <- struct{}{}
+	for range 3 {
+		if s := <-answered; s != 200 {
+			t.Errorf("one of three equal ones is answered %d", s)
+		}
+	}
+	eventually(t, "all is given back", func() bool { return used() == 0 })
+
 	// Of one that is under way it is held, also if nobody waits for it any more.
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	req := padded(r.txn(0, "slow", pduNo(2), "")).WithContext(ctx)
+	req := padded(r.txn(1, "slow", pduNo(2), "")).WithContext(ctx)
 	go func() {
 		_, err := r.https.Do(req)
 		done <- err

@@ -74,15 +74,25 @@ func (s *edgeShell) perform(e edge.Effect, looked *caller) {
 	}
 }
 
-// ended notes that a request has its answer or no longer wants one.
+// ended notes that a request has its answer, which holds its details until it is
+// written.
 func (s *edgeShell) ended(id edge.ReqID) *caller {
 	c := s.requests[id]
-	if c == nil {
-		return nil
+	c.hold()
+	s.end(id, c)
+	return c
+}
+
+// left notes that a request no longer wants an answer.
+func (s *edgeShell) left(id edge.ReqID) {
+	if c := s.requests[id]; c != nil {
+		s.end(id, c)
 	}
+}
+
+func (s *edgeShell) end(id edge.ReqID, c *caller) {
 	c.ended = true
 	s.forget(id, c)
-	return c
 }
 
 func (s *edgeShell) forget(id edge.ReqID, c *caller) {
@@ -133,7 +143,6 @@ func (s *edgeShell) answer(c *caller, status int, header http.Header, body []byt
 // write has an answer written in the request's own goroutine, and closes what it is
 // read from.
 func (s *edgeShell) write(c *caller, do func() error, from io.Closer) {
-	c.hold()
 	end := func() {
 		_ = from.Close() // always nil
 		s.drop(c)

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"fsbus/netx"
 )
@@ -13,15 +14,21 @@ import (
 // errUnread ends an answer that its client did not read while others needed the room.
 var errUnread = errors.New("it was not read in time, and others need the room")
 
-// unreadShare is the part of the room for answers that one client may leave unread.
-const unreadShare = 4
+const (
+	// unreadShare is the part of the room for answers that one client may leave unread.
+	unreadShare = 4
+	// unreadFor is how long an answer must have stood still to be cut for its client's
+	// sake alone: two large ones on a slow line take a while.
+	unreadFor = 10 * time.Second
+)
 
 // unread are the answers on their way to clients that hold something until they have
 // been read. They count against whoever does not read them: beyond a part of the room
-// the one that has stood still for longest is cut, and so it is when an answer to
-// somebody else finds no room. A client that wants its answer reads it.
+// the one that has stood still for longest is cut if that is long, and in any case when
+// an answer to somebody else finds no room.
 type unread struct {
 	limit taken
+	still atomic.Int64 // unreadFor in ns; tests change it
 	cuts  atomic.Int64
 	clock atomic.Int64 // counts reads, and tells which answer has stood still for longest
 
@@ -49,7 +56,9 @@ func (t taken) part(limit taken) (most float64) {
 // newUnread returns an account for a spool of a size in bytes, of which spoolFiles may
 // be files, and for bytes of memory beside it.
 func newUnread(spool, kept int64) *unread {
-	return &unread{limit: taken{files: spoolFiles, bytes: spool, kept: kept}, by: make(map[string][]*unreadAnswer)}
+	u := &unread{limit: taken{files: spoolFiles, bytes: spool, kept: kept}, by: make(map[string][]*unreadAnswer)}
+	u.still.Store(int64(unreadFor))
+	return u
 }
 
 // unreadAnswer is an answer to one client; it is read by the one goroutine that writes
@@ -58,6 +67,7 @@ type unreadAnswer struct {
 	of   *unread
 	who  string
 	last atomic.Int64 // when it was last read from, by unread.clock
+	at   atomic.Int64 // and in Unix ns
 
 	// One of them. Whoever cuts an answer closes the one and takes away the other.
 	body   *netx.Body
@@ -80,12 +90,13 @@ func (u *unread) inMemory(who string, b []byte) *unreadAnswer {
 
 func (u *unread) add(a *unreadAnswer) *unreadAnswer {
 	a.of = u
-	a.last.Store(u.clock.Add(1))
+	a.touch()
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.by[a.who] = append(u.by[a.who], a)
 	// What has just begun is not to blame, however large it is.
-	for use(u.by[a.who]).part(u.limit) > 1.0/unreadShare && u.cutLocked(a.who, func(b *unreadAnswer) bool { return b != a }) {
+	before := time.Now().Add(-time.Duration(u.still.Load())).UnixNano()
+	for use(u.by[a.who]).part(u.limit) > 1.0/unreadShare && u.cutLocked(a.who, func(b *unreadAnswer) bool { return b != a && b.at.Load() <= before }) {
 	}
 	kept := func(b *unreadAnswer) bool { return b != a && b.size > 0 }
 	for a.size > 0 && u.keptLocked() > u.limit.kept {
@@ -192,10 +203,15 @@ func (u *unread) endLocked(a *unreadAnswer) {
 	}
 }
 
+func (a *unreadAnswer) touch() {
+	a.last.Store(a.of.clock.Add(1))
+	a.at.Store(time.Now().UnixNano())
+}
+
 // Read reads on, or fails with errUnread once the answer has been cut. What it
 // returns has left the spool: whoever writes it to a client holds nothing else.
 func (a *unreadAnswer) Read(p []byte) (n int, err error) {
-	a.last.Store(a.of.clock.Add(1))
+	a.touch()
 	if a.reader == nil {
 		kept := a.kept.Load()
 		if kept == nil {

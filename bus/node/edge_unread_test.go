@@ -115,6 +115,7 @@ const noRate = "origin_burst = 1000\norigin_rate = 1000.0\n"
 // there is none left, others get it. No transaction needs any.
 func TestEdgeUnreadAnswersHoldUpNobody(t *testing.T) {
 	r := startEdge(t, noRate, config{})
+	r.node.edge.unread.still.Store(0)
 	large := r.home.answersOf(66 << 10)
 	spool := r.node.edge.answers
 	unread := func() (answers int, cuts int64) {
@@ -206,6 +207,7 @@ func TestUnreadCutsWhatStandsStill(t *testing.T) {
 	}
 	u := newUnread(1<<20, 0)
 	u.limit.files = 8
+	u.still.Store(0)
 	add := func(who string, body *netx.Body) *unreadAnswer {
 		t.Helper()
 		defer body.Release() // as after Discard

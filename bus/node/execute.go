@@ -36,7 +36,7 @@ func (n *Node) execute(effects []effect) {
 			n.edge.perform(e.edge, e.looked)
 			continue
 		case e.left != 0:
-			n.edge.ended(e.left)
+			n.edge.left(e.left)
 			continue
 		case e.gone != 0:
 			n.ended(e.gone)

@@ -36,7 +36,8 @@ func TestListenersFromSystemd(t *testing.T) {
 		{"edge front edge status", "front status edge edge", true},
 		{"front edge", `a socket named "edge" (127.0.0.1:`, false},
 		{"status status", `two sockets named "status"`, false},
-		{"fsbus.socket", `a socket named "fsbus.socket" (127.0.0.1:`, true},
+		{"fsbus.socket", "front", true},
+		{"fsbus", `a socket named "fsbus" (127.0.0.1:`, true},
 		{"front admin", `write FileDescriptorName=front, edge or status`, true},
 	} {
 		c := DefaultConfig()

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -555,14 +556,14 @@ type listeners struct {
 	edge   []net.Listener
 }
 
-// passed sorts what systemd passes by its FileDescriptorName=. What is not named is
-// the front's, as the one that everybody has; a name that means nothing is refused, so
+// passed sorts what systemd passes by its FileDescriptorName=. What is not named, or
+// after its unit, as is the default, is the front's, as the one that everybody has; a name that means nothing is refused, so
 // that a socket that was meant for other servers is not given to the homeserver. It closes
 // none of them.
 func (c *Config) passed(sockets []netx.NamedListener) (l listeners, err error) {
 	for _, s := range sockets {
 		switch {
-		case s.Name == "front" || s.Name == "unknown":
+		case s.Name == "front", s.Name == "unknown", strings.HasSuffix(s.Name, ".socket"): // a unit that says nothing
 			l.front = append(l.front, s.Listener)
 		case s.Name == "status" && l.status == nil:
 			l.status = s.Listener
