@@ -63,23 +63,23 @@ func largest(keys, values int) (header http.Header, target, body string) {
 // What a request holds besides its body is what it is said to hold.
 func TestEdgeRequestsAreCountedAsLargeAsTheyAre(t *testing.T) {
 	s := bareEdge(nil)
-	spool, err := netx.NewSpool(netx.SpoolConfig{Dir: t.TempDir(), Disk: 64 << 20})
+	spool, err := netx.NewSpool(netx.SpoolConfig{Dir: t.TempDir(), Disk: 64 << 20, Files: 1000})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, shape := range []struct{ keys, values int }{{1, 0}, {10, 0}, {1, 50}} {
-		var kept []any
-		heap := func() int64 {
-			var m runtime.MemStats
-			runtime.GC()
-			runtime.GC() // what pools held
-			runtime.ReadMemStats(&m)
-			return int64(m.HeapAlloc)
-		}
+	heap := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.GC() // what pools held
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	measure := func(keys, values int) (each, size, beyond int64) {
 		const many = 50
-		before, size, beyond := heap(), int64(0), int64(0)
+		var kept []any
+		before := heap()
 		for i := range many {
-			header, target, body := largest(shape.keys, shape.values)
+			header, target, body := largest(keys, values)
 			if n := headerSize(header); n > maxHeader {
 				t.Fatalf("a header of %d bytes", n)
 			}
@@ -88,6 +88,7 @@ func TestEdgeRequestsAreCountedAsLargeAsTheyAre(t *testing.T) {
 				t.Fatal(err)
 			}
 			q.Body.CloseWrite(nil)
+			defer q.Body.Release()
 			if ref := s.check(q); ref != nil {
 				t.Fatalf("%+v", ref)
 			}
@@ -99,15 +100,29 @@ func TestEdgeRequestsAreCountedAsLargeAsTheyAre(t *testing.T) {
 			size, beyond = a.Size-q.Size, c.extra
 			kept = append(kept, c, a, q.Header.Clone()) // net/http has one as well
 		}
-		each := (heap() - before) / many
-		t.Logf("%+v: %d bytes, counted as %d", shape, each, size)
-		if each > size || size > each+perRequest {
-			t.Errorf("%+v: a request takes %d bytes and is counted as %d", shape, each, size)
-		}
-		if beyond > maxDetails || beyond < maxDetails*3/4 {
-			t.Errorf("%+v: %d bytes beyond the usual, at most %d are expected", shape, beyond, maxDetails)
-		}
+		each = (heap() - before) / many
 		runtime.KeepAlive(kept)
+		return each, size, beyond
+	}
+	for _, shape := range []struct{ keys, values int }{{1, 0}, {10, 0}, {1, 50}} {
+		// What other tests have left goes meanwhile, which makes each too small.
+		var most int64
+		for range 5 {
+			each, size, beyond := measure(shape.keys, shape.values)
+			most = max(most, each)
+			if each > size {
+				t.Errorf("%+v: a request takes %d bytes and is counted as %d", shape, each, size)
+			}
+			if beyond > maxDetails || beyond < maxDetails*3/4 {
+				t.Errorf("%+v: %d bytes beyond the usual, at most %d are expected", shape, beyond, maxDetails)
+			}
+			if size <= most+perRequest {
+				break
+			}
+		}
+		if _, size, _ := measure(shape.keys, shape.values); size > most+perRequest {
+			t.Errorf("%+v: a request takes %d bytes at most and is counted as %d", shape, most, size)
+		}
 	}
 }
 
