@@ -637,6 +637,7 @@ func (m *Machine) done(c *call, ev Done) {
 	c.timer = nil
 	op, retry := c.op, c.retry && ev.Failure == matrix.FailCancelled && !(c.connected && c.endpoint.Once)
 	c.retry = false
+	own := m.ownFault(c, ev)
 
 	switch {
 	case c.queue != nil:
@@ -666,15 +667,10 @@ func (m *Machine) done(c *call, ev Done) {
 	case c.phase == phaseAnswered:
 		m.joinDone(c, ev)
 		m.doneAnswered(c, ev)
-	case m.ownFault(c, ev):
-		// An error would be taken for the remote's, so it is tried again.
-		h.pausedUntil = max(h.pausedUntil, m.now.Add(pause))
-		c.again, c.cancelled = false, false
-		m.emit(Discard{op})
-		c.phase = phaseWaiting
-		h.queue[c.class].PushFront(c)
-		h.waiting[c.class]++
-	case (c.again || retry) && m.canWait(c, m.now):
+	case own || (c.again || retry) && m.canWait(c, m.now):
+		if own { // an error would be taken for the remote's
+			h.pausedUntil = max(h.pausedUntil, m.now.Add(pause))
+		}
 		h.suspect = retry && !h.reachable
 		c.again, c.cancelled = false, false
 		m.emit(Discard{op})

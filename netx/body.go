@@ -156,11 +156,15 @@ func (b *Body) diskError(err error) error {
 	return fmt.Errorf("spool: write: %w", err)
 }
 
-// ReadFrom appends what r yields until io.EOF, each piece as it comes, so that
-// Readers see it at once. It does not call CloseWrite. Its error is r's or
-// that of Write; what was read and could not be written is lost. It implements
-// io.ReaderFrom, so that io.Copy needs no buffer of its own.
-func (b *Body) ReadFrom(r io.Reader) (int64, error) {
+// ReadFrom is Fill without makeRoom. It implements io.ReaderFrom, so that io.Copy
+// needs no buffer of its own.
+func (b *Body) ReadFrom(r io.Reader) (int64, error) { return b.Fill(r, nil) }
+
+// Fill appends what r yields until io.EOF, each piece as it comes, so that Readers
+// see it at once. It does not call CloseWrite. Its error is r's or that of Write; what
+// was read and could not be written is lost. If the spool is full and makeRoom is not
+// nil, that is called, and the write tried again as long as it reports true.
+func (b *Body) Fill(r io.Reader, makeRoom func() bool) (int64, error) {
 	buf := getCopyBuf()
 	defer putCopyBuf(buf)
 	var total int64
@@ -172,7 +176,11 @@ func (b *Body) ReadFrom(r io.Reader) (int64, error) {
 			n += more
 		}
 		if n > 0 {
-			if _, werr := b.Write(buf[:n]); werr != nil {
+			_, werr := b.Write(buf[:n])
+			for makeRoom != nil && errors.Is(werr, ErrSpoolFull) && makeRoom() {
+				_, werr = b.Write(buf[:n])
+			}
+			if werr != nil {
 				return total, werr
 			}
 			total += int64(n)

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -108,7 +109,7 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 		answered.Code = matrix.ErrorCode(begin)
 		n.loop.Post(event{Event: answered})
 		if err == nil {
-			err = fill(a.body, begin, resp.Body, ep.MaxResponse)
+			err = fill(a.body, begin, resp.Body, ep.MaxResponse, nil)
 		}
 	case resp.StatusCode == http.StatusTooManyRequests:
 		var begin []byte
@@ -116,12 +117,12 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 		answered.RetryAfter, _ = matrix.ParseRetryAfter(resp.Header.Get("Retry-After"), begin, time.Now())
 		n.loop.Post(event{Event: answered})
 		if err == nil {
-			err = fill(a.body, begin, resp.Body, ep.MaxResponse)
+			err = fill(a.body, begin, resp.Body, ep.MaxResponse, nil)
 		}
 	case resp.ContentLength >= 0 && resp.ContentLength <= wholeAtOnce:
 		// It comes with the header, or right behind it: the loop and a replier
 		// then have to be woken only once.
-		err = fill(a.body, nil, resp.Body, ep.MaxResponse)
+		err = fill(a.body, nil, resp.Body, ep.MaxResponse, nil)
 		if err == nil || a.body.Size() > 0 {
 			a.whole = &answered // else there is nothing to pass on, and it failed
 		}
@@ -133,7 +134,7 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 				n.loop.Post(event{Event: bus.Progress{Op: a.op, Size: size}})
 			}}
 		}
-		err = fill(a.body, nil, rest, ep.MaxResponse)
+		err = fill(a.body, nil, rest, ep.MaxResponse, nil)
 	}
 	if err == nil {
 		return matrix.FailNone, ""
@@ -155,13 +156,14 @@ func (n *Node) unfilled(err error) (matrix.Failure, string) {
 
 var errAnswerTooLarge = errors.New("the answer's body is larger than its endpoint allows")
 
-// fill copies an answer's body, begin first, up to a limit.
-func fill(body *netx.Body, begin []byte, rest io.Reader, limit int64) error {
-	if _, err := body.Write(begin); err != nil {
-		return err
+// fill copies an answer's body, begin first, up to a limit. makeRoom is as Body.Fill
+// has it.
+func fill(body *netx.Body, begin []byte, rest io.Reader, limit int64, makeRoom func() bool) error {
+	if int64(len(begin)) > limit {
+		return errAnswerTooLarge
 	}
-	_, err := body.ReadFrom(io.LimitReader(rest, limit-int64(len(begin))))
-	if err != nil {
+	all := io.MultiReader(bytes.NewReader(begin), io.LimitReader(rest, limit-int64(len(begin))))
+	if _, err := body.Fill(all, makeRoom); err != nil {
 		return err
 	}
 	var more [1]byte

@@ -88,7 +88,7 @@ func (n *Node) transact(d *delivery) (*bus.Answered, bus.Done) {
 	answered := &bus.Answered{Op: d.op, Status: resp.StatusCode}
 	answer := n.spool.New()
 	defer answer.Release()
-	err = fill(answer, nil, resp.Body, maxSendAnswer)
+	err = fill(answer, nil, resp.Body, maxSendAnswer, nil)
 	answer.CloseWrite(err)
 	var body []byte
 	if err == nil {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"io"
 	"net/http"
-	"sync"
 	"time"
 
 	"fsbus/bus/edge"
@@ -159,14 +158,14 @@ func (s *edgeShell) exchange(r *relay) (done edge.Done) {
 		r.data = bytes.Clone(begin) // io.ReadAll's may be much larger
 		r.whole = &answered
 	case err == nil && !busy && resp.ContentLength >= 0 && resp.ContentLength <= wholeAtOnce:
-		err = s.fill(r.body, nil, resp.Body, limit)
+		err = fill(r.body, nil, resp.Body, limit, s.unread.makeRoom)
 		if err == nil || r.body.Size() > 0 {
 			r.whole = &answered
 		}
 	default:
 		s.post(answered)
 		if err == nil {
-			err = s.fill(r.body, begin, resp.Body, limit)
+			err = fill(r.body, begin, resp.Body, limit, s.unread.makeRoom)
 		}
 	}
 	if err != nil {
@@ -191,64 +190,6 @@ func (s *edgeShell) unforwarded(err error) edge.Done {
 		d.Unsent = e.Unsent
 	}
 	return d
-}
-
-// fill writes begin and what follows it into the body of an answer. If there is no
-// room, what others leave unread makes it.
-func (s *edgeShell) fill(body *netx.Body, begin []byte, rest io.Reader, limit int64) error {
-	to, left := roomy{body, s.unread}, limit-int64(len(begin))
-	if left < 0 {
-		return errAnswerTooLarge
-	}
-	if _, err := to.Write(begin); err != nil {
-		return err
-	}
-	buf := fillBufs.Get().(*fillBuf)
-	defer fillBufs.Put(buf)
-	for {
-		n, err := rest.Read(buf[:])
-		for body.Size() > gatherAfter && err == nil && n < len(buf) {
-			var more int
-			more, err = rest.Read(buf[n:])
-			n += more
-		}
-		if left -= int64(n); left < 0 {
-			return errAnswerTooLarge
-		}
-		if _, err := to.Write(buf[:n]); err != nil {
-			return err
-		}
-		switch err {
-		case nil:
-		case io.EOF:
-			return nil
-		default:
-			return err
-		}
-	}
-}
-
-// gatherAfter is how much of an answer is written as it comes, in bytes; of what comes
-// later each write fills a buffer, since writes to files are what a large one costs.
-const gatherAfter = 1 << 20
-
-type fillBuf [32 << 10]byte
-
-var fillBufs = sync.Pool{New: func() any { return new(fillBuf) }}
-
-// roomy writes into a body, and makes room for that.
-type roomy struct {
-	body   *netx.Body
-	unread *unread
-}
-
-func (w roomy) Write(p []byte) (int, error) {
-	for {
-		n, err := w.body.Write(p)
-		if !errors.Is(err, netx.ErrSpoolFull) || !w.unread.makeRoom() {
-			return n, err
-		}
-	}
 }
 
 // bytes returns the whole of an answer that is small; nil if it is not.
