@@ -28,8 +28,12 @@ func (m *Machine) alive(name matrix.ServerName) {
 	if q == nil || q.call != nil {
 		return
 	}
-	if firm := q.waits == waitsFirm && !gateway(q.status) || q.waits == waitsStore; !firm && m.worthTrying(q.lastTry, q.notBefore) {
+	switch {
+	case q.waits == waitsStart:
 		q.notBefore = m.now
+	case q.waits == waitsOwn && q.verdict.silent() && (q.revived == 0 || m.now.Sub(q.revived) >= aliveMost) && m.worthTrying(q.lastTry, q.notBefore):
+		// Not more often: that it sends does not say that it listens.
+		q.notBefore, q.revived = m.now, m.now
 	}
 	m.plan(q)
 }

@@ -268,7 +268,7 @@ func TestJoinTriesAHostThatIsBackingOff(t *testing.T) {
 	r := newRig(t, nil)
 	const join = "/_matrix/federation/v1/make_join/r/u?ver=10"
 	r.get("h.test", "GET", join+"1")
-	r.step(Done{Op: r.sent().Op, Failure: matrix.FailNoName})
+	r.step(Done{Op: r.sent().Op, Failure: matrix.FailTLS})
 	r.step(Committed{Batch: of[Commit](r.last)[0].Batch, OK: true})
 	r.pass(10 * time.Second)
 	r.get("h.test", "GET", join+"2")

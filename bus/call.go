@@ -44,6 +44,8 @@ type call struct {
 	probe    bool   // its host was failing when the queue got its place
 	batch    BatchID
 	txn      TxnInfo
+	told     bool                // how long the destination of a delivery wants to be left alone
+	control  string              // the id of the empty transaction that a delivery sends instead
 	expire   *sched.Timer[timer] // when a delivery is given up
 	overdue  bool                // it was
 	desk     *notary             // of a fetch of keys, the same
@@ -159,7 +161,7 @@ func (m *Machine) urgent(a Arrived, h *host) bool {
 	if h.Failures >= knownDead && a.Endpoint.Join == matrix.JoinMake {
 		again = probeDead
 	}
-	return a.Class == matrix.ClassJoin && m.now.Sub(h.LastTry) >= again
+	return a.Class == matrix.ClassJoin && m.now.Sub(h.LastTry) >= again || m.spendFor(a, h)
 }
 
 // turnsAway reports whether a request would come to nothing at its host now, and
@@ -167,13 +169,15 @@ func (m *Machine) urgent(a Arrived, h *host) bool {
 func (m *Machine) turnsAway(a Arrived) (no Refuse, ok bool) {
 	h := m.hosts[a.Dest]
 	switch {
-	case h != nil && (h.backingOff(m.now) && !m.urgent(a, h) || a.Class != matrix.ClassJoin && h.hanging(m.now)):
+	case h == nil:
+	case h.backingOff(m.now) && !m.urgent(a, h), a.Class != matrix.ClassJoin && (h.hanging(m.now) || h.quietUntil > m.now):
 		return Refuse{Status: 502, Code: matrix.MUnknown, Text: h.why(m.now)}, true
-	case h != nil && h.pausedUntil > deadline(a):
+	case h.pausedUntil > deadline(a):
 		wait := h.pausedUntil.Sub(m.now)
 		return Refuse{Status: 429, Code: matrix.MLimitExceeded, RetryAfter: wait.Milliseconds(),
 			Text: fmt.Sprintf("fsbus: %s asked to be left alone for another %s", h.Name, round(wait))}, true
-	case a.Endpoint.Kind == matrix.AnswerServerKeys && m.keysTried(a.Dest):
+	}
+	if a.Endpoint.Kind == matrix.AnswerServerKeys && m.keysTried(a.Dest) {
 		return Refuse{Status: 502, Code: matrix.MUnknown, Text: fmt.Sprintf("fsbus: %s had no valid keys a moment ago", a.Dest)}, true
 	}
 	return Refuse{}, false
@@ -219,8 +223,11 @@ func (r *HostRecord) Cause() string {
 // why says in words what is wrong with a host.
 func (h *host) why(now sched.Time) string {
 	s := fmt.Sprintf("fsbus: %s: %s", h.Name, h.Cause())
-	if h.Failures > 0 && h.NextTry > now {
+	switch {
+	case h.Failures > 0 && h.NextTry > now:
 		s += fmt.Sprintf("; failures in a row: %d, next try in %s", h.Failures, round(h.NextTry.Sub(now)))
+	case h.quietUntil > now:
+		s = fmt.Sprintf("fsbus: %s: %s; it did not answer %d requests in a row, next try in %s", h.Name, h.quietFor, h.quiet*softFailures, round(h.quietUntil.Sub(now)))
 	}
 	return s
 }
@@ -573,9 +580,14 @@ func (m *Machine) answered(c *call, ev Answered) {
 	h := c.host
 	m.stats.Statuses[min(max(ev.Status/100, 0), 5)]++
 	switch {
+	case gateway(ev.Status) && c.queue != nil:
+		h.LastStatus = ev.Status // the queue has a back-off of its own
 	case gateway(ev.Status):
 		m.softFailed(h, matrix.FailNone, ev.Status, "")
 	default:
+		if c.queue == nil {
+			h.soft, h.quiet, h.quietUntil = 0, 0, 0
+		}
 		m.succeeded(h, ev.Status)
 		m.promote(c)
 	}
@@ -588,7 +600,7 @@ func (m *Machine) answered(c *call, ev Answered) {
 	if ev.Status == 429 {
 		m.stats.Limited++
 		wait := ev.RetryAfter
-		if wait <= 0 {
+		if c.told = wait > 0; !c.told {
 			wait = pause
 		}
 		m.slower(h, wait)
@@ -687,6 +699,9 @@ func (m *Machine) done(c *call, ev Done) {
 		m.joinDone(c, ev)
 		m.doneUnanswered(c, ev)
 	}
+	if h.quietUntil > m.now && !h.backingOff(m.now) {
+		m.refuseQueue(h)
+	}
 	m.touch(h)
 	m.ready(h)
 	m.forgetStranger(h)
@@ -735,6 +750,22 @@ func (m *Machine) blame(c *call, ev Done) {
 		panic(fmt.Sprintf("bus: attempt %d at %s ended well without an answer", c.op, h.Name))
 	case matrix.FailLocal, matrix.FailContent:
 		// Says nothing about the host.
+	default:
+		switch {
+		case c.queue == nil:
+			m.blameAttempt(c, ev.Detail, f)
+		case ev.Sent: // what a transaction comes to says nothing about requests
+			h.reachable = false // the next attempt finds out
+		default:
+			m.failed(h, f, ev.Detail, m.now)
+		}
+	}
+}
+
+// blameAttempt is blame for a fault of the host's, or what may be one.
+func (m *Machine) blameAttempt(c *call, detail string, f matrix.Failure) {
+	h := c.host
+	switch f {
 	case matrix.FailCancelled:
 		// Cut short by us because the callers' time was up: a host that was
 		// connected to and does that again and again is not well.
@@ -744,12 +775,12 @@ func (m *Machine) blame(c *call, ev Done) {
 	case matrix.FailTimeout, matrix.FailReset, matrix.FailCut, matrix.FailTooLarge:
 		if c.connected {
 			h.reachable = h.reachable && f != matrix.FailReset
-			m.softFailed(h, f, 0, ev.Detail)
+			m.softFailed(h, f, 0, detail)
 		} else {
-			m.failed(h, f, ev.Detail, m.now)
+			m.failed(h, f, detail, m.now)
 		}
 	default:
-		m.failed(h, f, ev.Detail, m.now)
+		m.failed(h, f, detail, m.now)
 	}
 }
 
@@ -821,16 +852,18 @@ func (m *Machine) lose(c *call, status int, text string) bool {
 	return true
 }
 
-// refuseQueue answers at once all that waits for a host that turned out dead.
+// refuseQueue answers at once all that waits for a host that turned out dead. If it
+// only does not answer requests, joins and transactions are left to find out.
 func (m *Machine) refuseQueue(h *host) {
-	text := h.why(m.now)
+	text, dead := h.why(m.now), h.backingOff(m.now)
 	for class := range h.queue {
-		for {
-			c, ok := h.queue[class].Pop()
-			if !ok {
-				break
-			}
+		for range h.queue[class].Len() { // what is planned anew is not looked at again
+			c, _ := h.queue[class].Pop()
 			if c.phase != phaseWaiting {
+				continue
+			}
+			if !dead && (c.queue != nil || c.class == matrix.ClassJoin) {
+				h.queue[class].Push(c)
 				continue
 			}
 			h.waiting[class]--

@@ -200,6 +200,10 @@ const (
 	// again at leisure, among the failing ones.
 	patience = 2 * time.Second
 
+	// preflightFor is how long the first attempt at a host that is not known to work
+	// keeps the others waiting: longer than a connection may take.
+	preflightFor = 30 * time.Second
+
 	// keepSuccess is how old the stored success of a host may be before it is
 	// stored again. It keeps writes to an SD card few.
 	keepSuccess = 6 * time.Hour
@@ -218,27 +222,30 @@ const (
 	maxDetail = 200
 )
 
-// backoffs says how long a host is left alone. What our own network may have
-// caused is tried again sooner; what needs somebody at the remote's side, such
-// as a name or a certificate, later.
+// backoffs says how long a host is left alone that could not be reached. What our own
+// network may have caused is tried again sooner; what needs somebody at the remote's
+// side, such as a name or a certificate, later.
 var backoffs = [matrix.NumFailures]sched.Backoff{
-	matrix.FailRefused:     {First: 5 * time.Second, Factor: 3, Cap: time.Hour},
+	matrix.FailRefused:     {First: 5 * time.Second, Factor: 3, Cap: maxBackoff},
 	matrix.FailUnreachable: {First: 5 * time.Second, Factor: 2, Cap: 5 * time.Minute},
-	matrix.FailNoName:      {First: 5 * time.Minute, Factor: 4, Cap: 24 * time.Hour},
+	matrix.FailNoName:      {First: 5 * time.Minute, Factor: 2, Cap: maxBackoff},
 	matrix.FailDNS:         {First: 5 * time.Second, Factor: 2, Cap: 5 * time.Minute},
-	matrix.FailTLS:         {First: time.Minute, Factor: 4, Cap: 12 * time.Hour},
-	matrix.FailTimeout:     {First: 10 * time.Second, Factor: 3, Cap: time.Hour},
+	matrix.FailTLS:         {First: time.Minute, Factor: 4, Cap: maxBackoff},
+	matrix.FailTimeout:     {First: 10 * time.Second, Factor: 3, Cap: maxBackoff},
 	matrix.FailReset:       {First: 5 * time.Second, Factor: 3, Cap: 30 * time.Minute},
 	matrix.FailCut:         {First: 5 * time.Second, Factor: 3, Cap: 30 * time.Minute},
-	matrix.FailProtocol:    {First: time.Minute, Factor: 4, Cap: 12 * time.Hour},
+	matrix.FailProtocol:    {First: time.Minute, Factor: 4, Cap: maxBackoff},
 	matrix.FailBlocked:     {First: 10 * time.Minute, Factor: 1, Cap: 10 * time.Minute},
 }
 
-// gatewayBackoff is for answers of a gateway in front of the remote.
-var gatewayBackoff = sched.Backoff{First: 10 * time.Second, Factor: 2, Cap: 10 * time.Minute}
+// quietBackoff is how long a host gets no requests that has been reached, but did not
+// answer the last ones, or a gateway did in its place. Transactions have a back-off of
+// their own: neither says anything about the other.
+var quietBackoff = sched.Backoff{First: 10 * time.Second, Factor: 2, Cap: 10 * time.Minute}
 
-// maxBackoff is the longest of all; what the store gives back is cut to it.
-const maxBackoff = 24 * time.Hour
+// maxBackoff is the longest of all; what the store gives back is cut to it. A server
+// that is repaired must not wait for longer.
+const maxBackoff = time.Hour
 
 // deadline returns when the bus must have answered a request.
 func deadline(a Arrived) sched.Time {

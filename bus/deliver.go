@@ -15,6 +15,9 @@ import (
 //
 // The worker is given back at Done. Until Settled the queue is busy.
 
+// A destination that is in doubt gets the control in place of a packed transaction
+// (verdict.go): then Send follows at once, and nothing is settled but what it decides.
+
 // startDelivery packs the next transaction, now that a worker is free.
 func (m *Machine) startDelivery(c *call) {
 	q, o := c.queue, &m.outbox
@@ -24,11 +27,21 @@ func (m *Machine) startDelivery(c *call) {
 		m.plan(q)
 		return
 	}
-	o.txns++
+	if q.triesControl() {
+		m.startControl(c)
+		return
+	}
 	m.nextBatch++
 	c.batch, c.phase = m.nextBatch, phasePacking
 	o.packs[c.batch] = c
-	m.emit(Pack{Batch: c.batch, Dest: q.name, TxnID: o.txnPrefix + strconv.FormatUint(o.txns, 36), MaxBytes: m.cfg.Outbox.MaxTransaction})
+	m.emit(Pack{Batch: c.batch, Dest: q.name, TxnID: m.newTxnID(), MaxBytes: m.cfg.Outbox.MaxTransaction})
+}
+
+// newTxnID returns an id for a transaction that no other has.
+func (m *Machine) newTxnID() string {
+	o := &m.outbox
+	o.txns++
+	return o.txnPrefix + strconv.FormatUint(o.txns, 36)
 }
 
 func (m *Machine) packed(ev Packed) {
@@ -67,7 +80,7 @@ func (m *Machine) packed(ev Packed) {
 	if ev.Txn.Again {
 		o.stats.Retried++
 	} else {
-		q.refusals = 0 // whatever was refused, it was not this
+		q.forgive() // whatever was refused, it was not this
 	}
 	c.expire = m.timers.Set(m.now.Add(deliveryTimeout), timer{call: c, expire: true})
 	m.transmit(c)
@@ -78,42 +91,50 @@ func (m *Machine) delivered(c *call, ev Done, suspect bool) {
 	q, o := c.queue, &m.outbox
 	m.timers.Stop(c.expire)
 	c.expire = nil
-	ok := c.phase == phaseAnswered && ev.Failure == matrix.FailNone && c.status == 200
-	if c.phase == phaseAnswered && ev.Failure == matrix.FailNone && !ok {
-		q.status = c.status
-	} else {
-		q.status = 0
-	}
-	txn := c.txn
+	v, txn := c.verdict(ev), c.txn
 	switch {
-	case ok:
+	case v.well() && c.control != "":
+		m.leave(q)
+		if q.controlTaken() {
+			o.stats.Bisected++
+			m.settle(q, q.suspect, Bisect, q.reason())
+			return
+		}
+		m.plan(q)
+		return
+	case v.well():
 		o.stats.PDUErrors += int64(ev.PDUErrors)
 		m.leave(q)
 		m.settle(q, txn.ID, Delivered, "")
 		return
-	case suspect:
+	case suspect && !ev.Sent:
 		c.host.suspect = !c.host.reachable
-	case q.status == 0:
-		m.blame(c, ev)
-		m.broken(q, c, ev)
+	default:
+		if c.phase == phaseRunning {
+			m.blame(c, ev)
+			c.host.took = max(c.host.took, m.now.Sub(c.asked))
+		}
+		m.unwell(q, c, ev, v)
 		if c.host.backingOff(m.now) {
 			m.refuseQueue(c.host)
 		}
-	default:
-		if m.answeredBadly(q, c) {
-			m.leave(q)
-			o.stats.Bisected++
-			m.settle(q, txn.ID, Bisect, fmt.Sprintf("%s answered %d to it %d times", q.name, q.status, q.refusals))
-			return
-		}
 	}
 	m.leave(q)
-	if !ev.Sent && !txn.Again { // else an earlier attempt, perhaps before a crash, may have arrived
+	if c.control == "" && !ev.Sent && !txn.Again { // else an earlier attempt, perhaps before a crash, may have arrived
 		o.stats.Thawed++
 		m.settle(q, txn.ID, Thaw, "")
 		return
 	}
 	m.rest(q)
+}
+
+// forgive forgets what came of a batch that is not there any more. That the server is
+// ill is not about the batch.
+func (q *queue) forgive() {
+	q.refusals = 0
+	if q.trial != trialIll {
+		q.trial = trialNone
+	}
 }
 
 // settle has the store note what became of a transaction.
@@ -166,84 +187,20 @@ func (m *Machine) settled(ev Settled) {
 			q.packed -= int64(n)
 		}
 		q.left = q.packed > 0
-		q.failures, q.refusals, q.status, q.lastError, q.notBefore = 0, 0, 0, "", 0
+		q.failures, q.refusals, q.verdict, q.trial, q.lastError, q.notBefore = 0, 0, verdict{}, trialNone, "", 0
 		q.barren = false
 		q.takes = ev.Backlog.Frozen
 	case Bisect:
-		q.refusals = 0
+		q.refusals, q.notBefore = 0, 0 // dividing costs nothing, so the halves need not wait
 		if ev.SetAside > 0 {
 			q.barren = q.barren || !q.takes
 			q.takes = false // that would set aside one after the other in an outage
 			break
 		}
-		q.failures = 0 // dividing costs nothing, so the halves need not wait for long
+		q.failures = 0
 	}
 	q.takes = q.takes && ev.Backlog.Frozen
 	m.rest(q)
-}
-
-// broken notes a delivery that was not answered.
-func (m *Machine) broken(q *queue, c *call, ev Done) {
-	q.lastError = failureText(ev.Failure, 0)
-	if c.overdue {
-		q.lastError = failureText(matrix.FailTimeout, 0)
-	}
-	if ev.Detail != "" {
-		q.lastError += " (" + cut(ev.Detail) + ")"
-	}
-	q.failures++
-	q.refusals = 0
-	q.waits = waitsBroken
-	if ev.Failure == matrix.FailContent || ev.Failure == matrix.FailLocal {
-		q.waits = waitsFirm
-	}
-	switch {
-	case ev.Failure == matrix.FailContent:
-		q.notBefore = m.now.Add(strangeBackoff.Delay(q.failures, m.rng))
-	case c.connected || ev.Failure == matrix.FailLocal:
-		q.notBefore = m.now.Add(brokenBackoff.Delay(q.failures, m.rng))
-	default:
-		q.notBefore = 0 // the host's own back-off says when
-	}
-}
-
-// answeredBadly notes an answer other than 200, and reports whether it is time
-// to find out which item the destination does not take.
-func (m *Machine) answeredBadly(q *queue, c *call) (bisect bool) {
-	same := q.lastError
-	q.lastError = failureText(matrix.FailNone, q.status)
-	q.failures++
-	q.waits = waitsFirm
-	backoff := refusedBackoff
-	switch s := q.status; {
-	case s == 429:
-		q.failures--
-		q.notBefore = c.host.pausedUntil
-		return false
-	case gateway(s):
-		backoff = gateBackoff
-	case s == 401 || s == 403:
-		backoff = deniedBackoff
-	case s == 404 || s == 405 || s < 400:
-		backoff = strangeBackoff
-	default:
-		if q.lastError != same {
-			q.refusals = 0
-		}
-		q.refusals++
-		limit := int32(refusalsToBisect)
-		switch alone := c.txn.PDUs+c.txn.EDUs == 1; {
-		case q.barren:
-			limit = refusalsWhenNothingWorks
-		case alone && !q.takes:
-			limit = refusalsAlone
-		}
-		bisect = q.refusals >= limit
-	}
-	if !bisect {
-		q.notBefore = m.now.Add(backoff.Delay(q.failures, m.rng))
-	}
-	return bisect
 }
 
 // rest has what is needless given up after a long outage, and then goes on.
@@ -333,6 +290,7 @@ type OutboxStats struct {
 	Retried      int64 // those of them that had been tried before
 	Thawed       int64 // taken apart again, since no connection came about
 	Bisected     int64
+	Controls     int64 // empty ones, to find out whether it is the server that refuses
 	SetAside     int64
 	PDUErrors    int64 // events that a destination took the transaction of, and refused
 }

@@ -31,21 +31,17 @@ func TestRefusalsAreOfOneBatch(t *testing.T) {
 	r := newOutboxRig(t, nil)
 	r.take("h.test", kPDU)
 	r.ends(r.packs(), 500)
-	r.passTo(time.Minute)
-	r.ends(r.packs(), 500)
 	r.take("h.test", kPDU, kPDU)
 	delete(r.frozen, "h.test") // an admin drops the first
 	*r.backlog("h.test") = Backlog{Oldest: r.now}
 	r.backlog("h.test").Items[kPDU] = 2
 	r.step(Adjusted{Dest: "h.test", Backlog: *r.backlog("h.test")})
-	for _, what := range []string{"once", "twice"} {
-		r.passTo(time.Hour)
-		r.ends(r.packs(), 500)
-		r.one("the next one is not divided when it is refused "+what, len(of[Settle](r.last)) == 0)
-	}
 	r.passTo(time.Hour)
 	r.ends(r.packs(), 500)
-	r.one("but three times", only[Settle](r, "want a Settle").Outcome == Bisect)
+	r.one("the next one has been refused once", len(of[Send](r.last)) == 0)
+	r.passTo(time.Hour)
+	r.ends(r.packs(), 500)
+	r.one("and when it has been twice the control is sent", only[Send](r, "want a Send").Control != "")
 }
 
 // Who does not want us is not asked at once because what it did not want has
@@ -53,8 +49,8 @@ func TestRefusalsAreOfOneBatch(t *testing.T) {
 func TestBackOffOutlivesWhatExpires(t *testing.T) {
 	r := newOutboxRig(t, func(c *Config) { c.Outbox.PresenceWindow = 0 })
 	r.take("h.test", kPresence)
-	for _, want := range []time.Duration{time.Minute, 3 * time.Minute, 9 * time.Minute} {
-		r.ends(r.packs(), 401)
+	for _, want := range []time.Duration{time.Minute, 3 * time.Minute} {
+		r.ends(r.packs(), 403)
 		delete(r.frozen, "h.test")
 		*r.backlog("h.test") = Backlog{}
 		r.step(Adjusted{Dest: "h.test"})
@@ -66,87 +62,6 @@ func TestBackOffOutlivesWhatExpires(t *testing.T) {
 	}
 }
 
-// refuses has what is packed for a destination refused until it is to be
-// divided, or for so many times at most. It returns how often it was refused, and
-// what the store is to note, if anything.
-func (r *outboxRig) refuses(status, most int) (times int, s *Settle) {
-	r.t.Helper()
-	for times < most {
-		for _, e := range of[Compact](r.last) {
-			r.step(Trimmed{Batch: e.Batch, OK: true})
-		}
-		if len(of[Pack](r.last)) == 0 {
-			r.passTo(24 * time.Hour)
-		}
-		for len(of[Commit](r.last)) > 0 && len(of[Pack](r.last)) == 0 {
-			r.commits()
-		}
-		r.ends(r.packs(), status)
-		times++
-		if found := of[Settle](r.last); len(found) == 1 {
-			return times, &found[0]
-		}
-	}
-	return times, nil
-}
-
-// A server whose database is away for a while answers 500 to everything. That
-// must not cost it what is sent meanwhile.
-func TestItemAloneIsNotSetAsideBecauseOfAnOutage(t *testing.T) {
-	r := newOutboxRig(t, nil)
-	r.take("h.test", kPDU)
-	start := r.now
-	times, s := r.refuses(500, 100)
-	r.one("it is set aside at last", s != nil && s.Outcome == Bisect && strings.Contains(s.Reason, "h.test answered 500 to it"))
-	if d := r.now.Sub(start); times != refusalsAlone || d < time.Hour || d > 3*time.Hour {
-		t.Errorf("it is set aside after %d refusals and %s, want %d and more than an hour", times, d, refusalsAlone)
-	}
-	r.settles()
-	r.one("it is counted", r.m.outbox.stats.SetAside == 1)
-
-	r.take("h.test", kPDU)
-	start = r.now
-	times, s = r.refuses(500, 100)
-	if d := r.now.Sub(start); s == nil || times != refusalsWhenNothingWorks || d < 12*time.Hour {
-		t.Errorf("the next is set aside after %d refusals and %s, want %d and most of a day", times, d, refusalsWhenNothingWorks)
-	}
-}
-
-// What a server takes shows that the rest is refused for what it is.
-func TestRefusedItemIsFoundQuicklyAmongOthers(t *testing.T) {
-	r := newOutboxRig(t, nil)
-	r.take("h.test", kPDU, kPDU, kPDU, kPDU)
-	start := r.now
-	for _, what := range []string{"all", "the first half", "the first"} { // the first stands alone then
-		times, s := r.refuses(500, 100)
-		if what == "the first" {
-			r.one("nothing was taken, so the first has time", times == refusalsAlone)
-		} else {
-			r.one(what+" is divided after three refusals", s != nil && times == refusalsToBisect)
-		}
-		r.settles()
-	}
-	if d := r.now.Sub(start); d > 3*time.Hour {
-		t.Errorf("the first is found after %s, want a few hours", d)
-	}
-	r.refuses(200, 1)
-	r.settles() // the second was taken
-	times, s := r.refuses(500, 100)
-	r.one("the second half is divided after three", s != nil && times == refusalsToBisect)
-	r.settles()
-	r.refuses(200, 1)
-	r.settles()
-	start = r.now
-	times, _ = r.refuses(500, 100)
-	r.settles()
-	if d := r.now.Sub(start); times != refusalsToBisect || d > time.Minute {
-		t.Errorf("the last is set aside after %d refusals and %s, want %d and seconds", times, d, refusalsToBisect)
-	}
-	if s := r.m.outbox.stats; s.SetAside != 2 || s.ItemsOut[kPDU] != 2 || s.Bisected != 5 {
-		t.Errorf("set aside %d, delivered %d, divided %d; want 2, 2, 5", s.SetAside, s.ItemsOut[kPDU], s.Bisected)
-	}
-}
-
 // What answers under the name of a server need not be one; that it answers says
 // nothing.
 func TestBackOffIsLiftedOnlyByWhatItIsFor(t *testing.T) {
@@ -155,7 +70,8 @@ func TestBackOffIsLiftedOnlyByWhatItIsFor(t *testing.T) {
 		end   func(r *outboxRig, s Send)
 		lifts bool
 	}{
-		{"a broken connection", func(r *outboxRig, s Send) { r.breaks(s, matrix.FailReset, true) }, true},
+		{"a broken connection", func(r *outboxRig, s Send) { r.breaks(s, matrix.FailReset, true) }, false},
+		{"a gateway", func(r *outboxRig, s Send) { r.ends(s, 520) }, false},
 		{"an answer that is not a Matrix server's", func(r *outboxRig, s Send) {
 			r.step(Answered{Op: s.Op, Status: 200})
 			r.breaks(s, matrix.FailContent, true)
@@ -258,12 +174,13 @@ func TestBackOffByAnswer(t *testing.T) {
 		status int
 		after  []time.Duration
 	}{
-		{500, []time.Duration{5 * time.Second, 15 * time.Second}},
-		{502, []time.Duration{10 * time.Second, 20 * time.Second}},
-		{401, []time.Duration{time.Minute, 3 * time.Minute, 9 * time.Minute, 27 * time.Minute}},
-		{403, []time.Duration{time.Minute, 3 * time.Minute}},
-		{404, []time.Duration{5 * time.Minute, 10 * time.Minute, 20 * time.Minute, 40 * time.Minute}},
-		{302, []time.Duration{5 * time.Minute, 10 * time.Minute}},
+		{500, []time.Duration{5 * time.Second, 15 * time.Second, 45 * time.Second}},
+		{502, []time.Duration{10 * time.Second, 20 * time.Second, 40 * time.Second}},
+		{429, []time.Duration{5 * time.Second, 10 * time.Second, 20 * time.Second}},
+		{401, []time.Duration{5 * time.Second, 10 * time.Second, 20 * time.Second, 40 * time.Second}},
+		{403, []time.Duration{time.Minute, 3 * time.Minute, 9 * time.Minute, 10 * time.Minute, 10 * time.Minute}},
+		{404, []time.Duration{5 * time.Minute, 10 * time.Minute, 10 * time.Minute}},
+		{302, []time.Duration{5 * time.Minute, 10 * time.Minute, 10 * time.Minute}},
 	} {
 		r := newOutboxRig(t, nil)
 		r.take("h.test", kPDU, kPDU)
@@ -277,10 +194,14 @@ func TestBackOffByAnswer(t *testing.T) {
 			if !strings.Contains(q.LastError, fmt.Sprint(tt.status)) || int(q.Failures) != i+1 {
 				t.Errorf("%d: the last error is %q, %d in a row", tt.status, q.LastError, q.Failures)
 			}
+			if c := of[Send](r.last); len(c) == 1 && c[0].Control != "" {
+				r.ends(c[0], 200) // so that the next is the batch, in its time
+			}
 			if got := r.passTo(24 * time.Hour); !nearly(got, want) {
 				t.Errorf("%d for the %d. time: tried again after %s, want about %s", tt.status, i+1, got, want)
 			}
 			s = r.packs()
+			r.m.outbox.queues["h.test"].trial = trialNone // what is divided is another test
 		}
 		r.ends(s, 200)
 		r.one("it keeps its id", r.settles().TxnID == id)
@@ -292,7 +213,7 @@ func TestRateLimitOfADelivery(t *testing.T) {
 	r := newOutboxRig(t, nil)
 	r.take("h.test", kPDU)
 	s := r.packs()
-	for range 30 { // it never counts as a failure, nor as a refusal
+	for range 30 { // it never counts as a failure, nor as a refusal, if it says for how long
 		r.step(Answered{Op: s.Op, Status: 429, RetryAfter: 7 * time.Second})
 		r.step(Done{Op: s.Op, Size: 2, Sent: true})
 		r.one("nothing is noted", len(of[Settle](r.last)) == 0)
@@ -315,7 +236,7 @@ func TestBackOffWithoutAnAnswer(t *testing.T) {
 		{"a broken connection", matrix.FailReset, []time.Duration{5 * time.Second, 10 * time.Second}},
 		{"an answer that is cut short", matrix.FailCut, []time.Duration{5 * time.Second, 10 * time.Second}},
 		{"our own fault", matrix.FailLocal, []time.Duration{5 * time.Second, 10 * time.Second}},
-		{"no Matrix server", matrix.FailContent, []time.Duration{5 * time.Minute, 10 * time.Minute, 20 * time.Minute}},
+		{"no Matrix server", matrix.FailContent, []time.Duration{5 * time.Minute, 10 * time.Minute}},
 	} {
 		r := newOutboxRig(t, nil)
 		r.works("h.test")
@@ -641,32 +562,6 @@ func TestEventsThatARemoteRefusesAreCounted(t *testing.T) {
 	r.step(Done{Op: s.Op, Size: 100, Sent: true, PDUErrors: 1})
 	r.one("it is delivered all the same", r.settles().Outcome == Delivered)
 	r.one("they are counted", r.m.outbox.stats.PDUErrors == 1)
-}
-
-// In an outage that begins while a batch is being divided, what was taken before
-// must not condemn all that is left.
-func TestOnlyOneIsSetAsideForWhatWasTaken(t *testing.T) {
-	r := newOutboxRig(t, nil)
-	r.take("h.test", kPDU, kPDU, kPDU, kPDU)
-	for range 2 { // into the first, the second, and the others
-		r.refuses(500, refusalsToBisect)
-		r.settles()
-	}
-	r.refuses(200, 1)
-	r.settles()
-	if times, _ := r.refuses(500, 100); times != refusalsToBisect {
-		t.Errorf("the second is set aside after %d refusals, want %d", times, refusalsToBisect)
-	}
-	r.settles()
-	r.refuses(500, refusalsToBisect)
-	r.settles()
-	if times, _ := r.refuses(500, 100); times != refusalsAlone {
-		t.Errorf("the third is set aside after %d refusals, want %d", times, refusalsAlone)
-	}
-	r.settles()
-	if times, _ := r.refuses(500, 100); times != refusalsWhenNothingWorks {
-		t.Errorf("the fourth is set aside after %d refusals, want %d", times, refusalsWhenNothingWorks)
-	}
 }
 
 // A destination that a lookup found to limit our rate is left alone, and takes

@@ -237,6 +237,7 @@ func (m *Machine) begin(c *call) {
 		h.limiter.ReserveN(m.now.Std(), 1) // joins and events may leave the others in debt
 	}
 	h.inUse++
+	h.begun = m.now
 	h.running[c.class]++
 	m.hold(c)
 	m.stats.waited(c.class, m.now.Sub(c.queued))
@@ -251,7 +252,7 @@ func (m *Machine) begin(c *call) {
 	h.LastTry = m.now
 	intent := h.HostRecord
 	intent.Failures++
-	intent.NextTry = m.now.Add(m.delay(intent.Failures, h.LastFailure))
+	intent.NextTry = m.now.Add(m.delay(h, intent.Failures, h.LastFailure))
 	h.NextTry = intent.NextTry
 	c.phase = phaseIntent
 	m.commit([]HostRecord{intent}, commit{call: c})
@@ -295,7 +296,7 @@ func (m *Machine) transmit(c *call) {
 	m.ops[c.op] = c
 	m.stats.Attempts++
 	m.joinSent(c)
-	s := Send{Op: c.op, Req: c.leader, Dest: h.Name, Class: c.class, Batch: c.batch, Ahead: c.ahead}
+	s := Send{Op: c.op, Req: c.leader, Dest: h.Name, Class: c.class, Batch: c.batch, Control: c.control, Ahead: c.ahead}
 	switch {
 	case c.desk == nil:
 	case c.desk.name == "":
@@ -306,9 +307,13 @@ func (m *Machine) transmit(c *call) {
 	m.emit(s)
 }
 
-// unstart gives back what begin took for a call that is not sent.
+// unstart gives back what begin took for a call that is not sent. The time that begin
+// has set for a failing host is that after an attempt, and there was none.
 func (m *Machine) unstart(c *call) {
 	m.leaveHost(c)
+	if h := c.host; h.Failures > 0 && !h.reachable && h.inUse == 0 {
+		h.NextTry = min(h.NextTry, m.now)
+	}
 	m.touch(c.host)
 	m.ready(c.host)
 }

@@ -123,14 +123,32 @@
 //     what is pending goes on merging while the destination is away.
 //   - Anything else: it stays as it is, under its id, and is tried again after a
 //     back-off: the host's when it could not be reached, else the queue's own.
-//   - The same definite refusal again and again: its items are divided, until the
-//     one that is refused stands alone and is set aside. That is soon if the
-//     destination has taken some of the others. If it has taken nothing, the first
-//     is given an hour and a half, as that is more likely an outage, and each after
-//     that a day.
+//
+// # Whose fault it is
+//
+// When the same comes of a batch two or three times in a row, whatever it is, an empty
+// transaction is sent, the control (verdict.go). If that does not go well either, the
+// server is ill: what is pending waits, and the control finds out when the server is
+// well, but for every fourth attempt. If it goes well, the batch is sent once more in
+// its time, and the control after it; only then are its items divided, until the one
+// that is refused stands alone and is set aside. After that the next that stands alone
+// has an hour, if the destination has taken nothing in between.
+//
+// A back-off belongs to what failed. Requests and transactions have their own where the
+// host was reached, and the host has one for both where it was not. So a look-up that is
+// answered ends the wait for a host that could not be reached, and no other; nor does a
+// server that answers no requests go without its events.
+//
+// A pause is an hour at the longest. What is durable waits ten minutes, or for long
+// outages a sixteenth of the outage, so that it arrives soon after a repair. A user's
+// message, or request for keys, may have a host tried ahead of its time (spend.go).
 //
 // After an hour of failing only the newest events of each room stay (Compact).
 //
+//   - a transaction is not sent more often than its own back-off allows, unless an admin
+//     wants it, or, now and then, its destination sends something;
+//   - nothing is divided or set aside unless its destination takes an empty transaction
+//     before and after it refuses the batch;
 //   - no Acknowledge before its Accepted, no Send before its Packed;
 //   - one transaction at a time for a destination, and it keeps its id and bytes
 //     until it is settled;

@@ -11,7 +11,7 @@ import (
 type Effect interface{ effect() }
 
 // Send starts an attempt: the request held under Req goes to Dest, or one of the
-// four below, of which one at most is set. It is answered by Done, after at most
+// five below, of which one at most is set. It is answered by Done, after at most
 // one Connected and one Answered.
 type Send struct {
 	Op    OpID
@@ -19,10 +19,11 @@ type Send struct {
 	Dest  matrix.ServerName
 	Class matrix.Class // who goes first where attempts must wait for each other
 
-	Batch  BatchID          // the transaction packed under it
-	Notary []matrix.KeyWant // a query to the notary Dest; what is valid is stored before Done
-	Origin bool             // a query to Dest for its own keys, the same
-	Ahead  bool             // nothing: a connection is made, for later
+	Batch   BatchID          // the transaction packed under it
+	Control string           // an empty transaction under this id, to find out whether Dest takes any
+	Notary  []matrix.KeyWant // a query to the notary Dest; what is valid is stored before Done
+	Origin  bool             // a query to Dest for its own keys, the same
+	Ahead   bool             // nothing: a connection is made, for later
 }
 
 // Cancel ends an attempt early. Its Done still comes.

@@ -30,6 +30,10 @@ type host struct {
 	limiter     *rate.Limiter
 	pausedUntil sched.Time // the remote asked for it (429)
 	soft        int32      // gateway errors and unanswered requests in a row
+	quiet       int32      // how many times in a row that were softFailures
+	quietUntil  sched.Time // it gets no requests until then, as it does not answer them
+	quietFor    string     // what came of the last
+	spent       sched.Time // when a user's request ended its back-off last
 	reachable   bool       // a handshake succeeded since the last failure
 	suspect     bool       // the last attempt took too long to connect
 	slowed      bool       // its rate is below the configured one, since it was too fast
@@ -42,7 +46,8 @@ type host struct {
 	waiting [matrix.NumClasses + 1]int32             // live ones in queue
 	listed  [matrix.NumClasses + 1]laneID            // the ready list it is on, numLanes if none
 	running [matrix.NumClasses + 1]int32
-	inUse   int32 // attempts running or about to
+	inUse   int32      // attempts running or about to
+	begun   sched.Time // when the last one got its worker
 
 	timer      *sched.Timer[timer]
 	stored     sched.Time // when the record was last stored
@@ -174,7 +179,11 @@ func (h *host) hanging(now sched.Time) bool {
 // is in the way, it returns the moment at which to ask again.
 func (h *host) mayRun(c matrix.Class, cfg Config, now sched.Time) (ok bool, again sched.Time) {
 	if l := h.lane(now); h.inUse > 0 && l != laneProven && l != laneSlow {
-		return false, 0 // the first one is the pre-flight of the others
+		// The first one is the pre-flight of the others. One that takes longer uses a
+		// connection that was open, and does not say whether another could be made.
+		if over := h.begun.Add(preflightFor); now < over {
+			return false, over
+		}
 	}
 	if c == matrix.ClassKey && h.running[c] >= cfg.Keys.Parallel {
 		return false, 0
@@ -208,7 +217,6 @@ func (h *host) mayRun(c matrix.Class, cfg Config, now sched.Time) (ok bool, agai
 func (m *Machine) succeeded(h *host, status int) {
 	h.stranger = false
 	h.LastStatus = status
-	h.soft = 0
 	h.reachable, h.suspect = true, false
 	failed := h.Failures > 0
 	h.Failures, h.FirstFailure, h.NextTry = 0, 0, 0
@@ -220,13 +228,21 @@ func (m *Machine) succeeded(h *host, status int) {
 	m.wake(h)
 }
 
-// softFailed notes something that may be the host's fault or one request's
-// own; several in a row make it a failure.
+// softFailed notes that a request was not answered, though the host was reached: that
+// may be the host's fault or the request's own. After several in a row it gets no
+// requests for a while. What the outbox has for it is tried nevertheless.
 func (m *Machine) softFailed(h *host, f matrix.Failure, status int, detail string) {
 	h.soft++
 	h.LastStatus = status
-	if h.soft >= softFailures {
-		m.failed(h, f, detail, m.now)
+	if h.soft < softFailures {
+		return
+	}
+	h.soft = 0
+	h.quiet++
+	h.quietUntil = m.now.Add(quietBackoff.Delay(h.quiet, m.rng))
+	h.quietFor = failureText(f, status)
+	if detail != "" {
+		h.quietFor += " (" + cut(detail) + ")"
 	}
 }
 
@@ -240,21 +256,18 @@ func (m *Machine) failed(h *host, f matrix.Failure, detail string, tried sched.T
 	h.Failures++
 	h.LastFailure, h.Detail = f, cut(detail)
 	h.LastTry = tried
-	h.NextTry = m.now.Add(m.delay(h.Failures, f))
+	h.NextTry = m.now.Add(m.delay(h, h.Failures, f))
 	m.store(h)
 	if p := m.outbox.pacer; p != nil && !h.stranger {
 		p.Reach(m.now, h.Name, true)
 	}
 }
 
-// delay returns how long a host is left alone after so many failures in a row,
-// the last one f; FailNone stands for a gateway's answer.
-func (m *Machine) delay(failures int32, f matrix.Failure) time.Duration {
-	b := backoffs[f]
-	if f == matrix.FailNone {
-		b = gatewayBackoff
-	}
-	return b.Delay(failures, m.rng)
+// delay returns how long a host is left alone after so many failures in a row, the last
+// one f.
+func (m *Machine) delay(h *host, failures int32, f matrix.Failure) time.Duration {
+	q := m.outbox.queues[h.Name]
+	return m.pause(backoffs[f], failures, h.FirstFailure, q != nil && q.durable())
 }
 
 // store has the host's record written soon.

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 
+	"golang.org/x/time/rate"
+
 	"fsbus/bus/matrix"
 	"fsbus/sched"
 )
@@ -41,7 +43,8 @@ type Machine struct {
 	dirty   []*host // whose records are to be stored, in order
 	writing bool    // a commit of dirty records is under way
 
-	outbox outbox
+	outbox   outbox
+	spending *rate.Limiter // attempts ahead of a host's time
 
 	nextOp    OpID
 	nextBatch BatchID
@@ -85,6 +88,8 @@ func New(cfg Config, rng *rand.Rand) *Machine {
 		calls:   make(map[Key]*call),
 		ops:     make(map[OpID]*call),
 		commits: make(map[BatchID]commit),
+
+		spending: newSpending(),
 	}
 	m.cache.init()
 	m.whole.init()

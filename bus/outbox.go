@@ -74,25 +74,30 @@ type queue struct {
 	listed    bool   // stands in line
 	inLines   uint16 // a bit for each line that has an entry for it, perhaps one that is out of date
 
-	failures  int32 // deliveries in a row that did not go well
-	refusals  int32 // definite ones in a row, with the same status
-	status    int   // of the last answer, 0 when there was none
-	takes     bool  // has taken some of the batch of which it refuses others
-	barren    bool  // has taken nothing since an item was set aside
-	lastError string
-	lastTry   sched.Time
-	compacted sched.Time
-	fullAt    sched.Time // when something was refused because it has too much
+	failures     int32      // deliveries in a row that did not go well
+	since        sched.Time // when the first of them ended
+	verdict      verdict    // what came of the last
+	refusals     int32      // of the same batch in a row, with the same verdict
+	refusedSince sched.Time // when the first of these ended
+	trial        trial
+	suspect      string     // the id of the batch that the trial is about
+	takes        bool       // has taken some of the batch of which it refuses others
+	barren       bool       // has taken nothing since an item was set aside
+	revived      sched.Time // when a sign of life ended its own back-off last
+	lastError    string
+	lastTry      sched.Time
+	compacted    sched.Time
+	fullAt       sched.Time // when something was refused because it has too much
 }
 
 // waits says why a queue waits for its notBefore.
 type waits uint8
 
 const (
-	waitsStart  waits = iota // destinations are begun with one after the other
-	waitsBroken              // the last delivery broke; the destination may be back at any moment
-	waitsFirm                // for what it answered, or for a fault of ours
-	waitsStore               // the store could not write
+	waitsStart waits = iota // destinations are begun with one after the other
+	waitsHost               // for nothing of its own: its host could not be reached
+	waitsOwn                // for what the last delivery came to, or for a fault of ours
+	waitsStore              // the store could not write
 )
 
 func (o *outbox) init(rng uint64) {
@@ -175,6 +180,9 @@ func (m *Machine) accepted(ev Accepted) {
 		for k, n := range ev.Kinds {
 			o.stats.ItemsIn[k] += int64(n)
 		}
+	}
+	if came := (Backlog{Items: ev.Kinds}); came.durable() && !ev.Repeated {
+		m.writtenTo(of.dest)
 	}
 	m.backlog(of.dest, ev.Backlog, ev.Kinds, o.pacer.Pause(m.now, of.txn))
 	if of.gone {
@@ -341,6 +349,9 @@ func (m *Machine) nextTry(q *queue) (at sched.Time, ok bool) {
 	if at = max(q.due, q.notBefore); q.left || at == 0 {
 		at = max(m.now, q.notBefore)
 	}
+	if q.trial.asks() {
+		at = m.now
+	}
 	if h := m.hosts[q.name]; h != nil {
 		if h.Failures > 0 && !h.reachable {
 			at = max(at, h.NextTry)
@@ -441,7 +452,8 @@ func (m *Machine) admitOne(line int) bool {
 	return true
 }
 
-// wake has a queue tried whose destination has just shown that it can be reached.
+// wake has a queue tried whose destination has just shown that it can be reached. That it
+// answers something else does not say that it takes what it did not take.
 func (m *Machine) wake(h *host) {
 	if p := m.outbox.pacer; p != nil {
 		p.Reach(m.now, h.Name, false)
@@ -450,7 +462,7 @@ func (m *Machine) wake(h *host) {
 	if q == nil || q.call != nil || q.busy {
 		return
 	}
-	if q.waits == waitsStart || q.waits == waitsBroken {
+	if q.waits == waitsStart || q.waits == waitsHost {
 		q.notBefore = 0
 	}
 	m.plan(q)

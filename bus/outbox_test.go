@@ -201,7 +201,7 @@ func (r *outboxRig) commits() {
 	r.last = effects
 }
 
-// passTo lets time go by until a Pack or Commit is wanted, and returns how long
+// passTo lets time go by until something is wanted of the store, or a control is sent, and returns how long
 // that took; at most d.
 func (r *outboxRig) passTo(d time.Duration) time.Duration {
 	r.t.Helper()
@@ -214,13 +214,19 @@ func (r *outboxRig) passTo(d time.Duration) time.Duration {
 		}
 		r.now = max(r.now, at)
 		r.step(Tick{})
-		if len(of[Pack](r.last))+len(of[Settle](r.last))+len(of[Commit](r.last)) > 0 {
+		if len(of[Pack](r.last))+len(of[Settle](r.last))+len(of[Commit](r.last))+len(of[Compact](r.last)) > 0 || r.control() {
 			return r.now.Sub(start)
 		}
 		for _, e := range of[Expire](r.last) {
 			r.step(Trimmed{Batch: e.Batch, OK: true})
 		}
 	}
+}
+
+// control reports whether the last step sends an empty transaction.
+func (r *outboxRig) control() bool {
+	found := of[Send](r.last)
+	return len(found) == 1 && found[0].Control != ""
 }
 
 // nearly reports whether d is one of sched.Backoff's delays of about want.

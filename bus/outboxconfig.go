@@ -76,28 +76,4 @@ const (
 	compactEvery = 10 * time.Minute
 	// storePause is how long the outbox waits after the store failed.
 	storePause = 5 * time.Second
-
-	// refusalsToBisect is how many definite refusals of one batch in a row show
-	// that it is the batch.
-	refusalsToBisect = 3
-	// refusalsAlone is the same for a single item, which is set aside then, as long
-	// as nothing was taken of what it was refused with: a server whose database is
-	// away answers 500, too. With refusedBackoff it is an hour at the very least.
-	refusalsAlone = 8
-	// refusalsWhenNothingWorks is the same for a destination that has taken
-	// nothing since the last item was set aside: it is more likely broken than
-	// all that is sent to it. At the longest back-off that is a day.
-	refusalsWhenNothingWorks = 24
-)
-
-// How long a destination's queue waits after a delivery that failed although its
-// host was reached.
-var (
-	brokenBackoff  = sched.Backoff{First: 5 * time.Second, Factor: 2, Cap: 30 * time.Minute}
-	gateBackoff    = sched.Backoff{First: 10 * time.Second, Factor: 2, Cap: 30 * time.Minute}
-	refusedBackoff = sched.Backoff{First: 5 * time.Second, Factor: 3, Cap: time.Hour}
-	// It does not trust us, or bans us: that does not pass quickly.
-	deniedBackoff = sched.Backoff{First: time.Minute, Factor: 3, Cap: 6 * time.Hour}
-	// What answers is not a Matrix server, or not any more.
-	strangeBackoff = sched.Backoff{First: 5 * time.Minute, Factor: 2, Cap: 6 * time.Hour}
 )

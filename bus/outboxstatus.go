@@ -123,6 +123,9 @@ func (m *Machine) queueStatus(now sched.Time, q *queue) QueueStatus {
 		s.State, s.NextTry, s.Why = "backing off", at, fmt.Sprintf("it limits our rate and asked for another %s", round(h.pausedUntil.Sub(now)))
 	case q.failures > 0 && at > now:
 		s.State, s.NextTry, s.Why = "backing off", at, fmt.Sprintf("%s; deliveries that failed in a row: %d", q.lastError, q.failures)
+		if q.trial == trialIll {
+			s.Why += "; an empty transaction did not go well either, so it is the server"
+		}
 	case at > now && q.notBefore >= at && q.waits == waitsStore:
 		s.State, s.NextTry, s.Why = "waiting", at, "what is to be sent could not be written down; that is tried again soon"
 	case at > now && q.notBefore >= at:

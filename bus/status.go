@@ -21,6 +21,7 @@ type Stats struct {
 	Held           int64                        // answers that were held back until all was sure to come
 	Aheads         int64                        // servers connected to in advance
 	Revived        int64                        // servers tried early because something came from them
+	Spent          int64                        // hosts tried early because a user wrote to them or asked for keys
 	KeyQueries     int64                        // of the homeserver
 	KeysKnown      int64                        // keys that the store had
 	KeysShared     int64                        // keys that were being fetched already

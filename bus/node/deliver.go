@@ -30,10 +30,24 @@ type delivery struct {
 
 func (n *Node) sendPacked(e bus.Send) {
 	d := &delivery{op: e.Op, class: e.Class, dest: e.Dest, txn: n.packs[e.Batch]}
-	d.txn.body.Retain() // until the attempt is over
+	if e.Control != "" {
+		d.txn = n.control(e.Control)
+	} else {
+		d.txn.body.Retain() // until the attempt is over
+	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	n.deliveries[e.Op] = d
 	n.senders.Submit(d)
+}
+
+// control returns a transaction that holds nothing. What cannot be written is found out
+// by whoever reads it.
+func (n *Node) control(id string) *packed {
+	b := matrix.NewBuilder(n.takeover.origin, 1).Finish(n.clock.Now().Wall())
+	p := &packed{id: id, body: n.spool.New(), size: int64(len(b))}
+	_, err := p.body.Write(b)
+	p.body.CloseWrite(err)
+	return p
 }
 
 // run takes a transaction to its destination. It runs on a sender and posts

@@ -143,7 +143,7 @@ func (n *Node) forget(id bus.ReqID, h *held) {
 
 func (n *Node) send(e bus.Send) {
 	switch {
-	case e.Batch != 0:
+	case e.Batch != 0, e.Control != "":
 		n.sendPacked(e)
 		return
 	case e.Notary != nil, e.Origin, e.Ahead:

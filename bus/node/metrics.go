@@ -103,6 +103,7 @@ func writeMetrics(w io.Writer, r *Report) error {
 	for _, k := range r.Hosts.Ranks {
 		e.sample("fsbus_workers", float64(k.Workers), "rank", k.Rank)
 	}
+	e.one("fsbus_hosts_tried_for_users_total", "counter", "Destinations tried early, as a user wrote to them or asked for keys.", float64(r.Hosts.Spent))
 	e.one("fsbus_hosts_revived_total", "counter", "Destinations tried early, as something came from them.", float64(r.Hosts.Revived))
 	e.one("fsbus_hosts_backing_off", "gauge", "Destinations that are left alone for now.", float64(r.Hosts.BackingOff))
 

@@ -37,6 +37,7 @@ type OutboxReport struct {
 	Retried    int64         `json:"transactions_retried"`
 	Thawed     int64         `json:"transactions_unsent"` // taken apart again since there was no connection
 	Bisected   int64         `json:"transactions_divided"`
+	Controls   int64         `json:"transactions_empty"` // to find out whether it is the server that refuses
 	SetAside   int64         `json:"items_set_aside"`
 	PDUErrors  int64         `json:"events_refused"` // by destinations that took their transaction
 
@@ -83,7 +84,7 @@ func (n *Node) outboxReport(s *bus.OutboxSnapshot, aside int64) *OutboxReport {
 		Accepted: st.Accepted, Repeated: st.Repeated, Refused: st.Full, NotStored: st.NotStored,
 		ItemsIn: kindCounts(st.ItemsIn), Merged: st.Merged, Duplicates: st.Duplicates, ItemsOut: kindCounts(st.ItemsOut),
 		Expired: kindCounts(st.Expired), Superseded: st.Superseded,
-		Sent: st.Transactions, Retried: st.Retried, Thawed: st.Thawed, Bisected: st.Bisected, SetAside: st.SetAside, PDUErrors: st.PDUErrors,
+		Sent: st.Transactions, Retried: st.Retried, Thawed: st.Thawed, Bisected: st.Bisected, Controls: st.Controls, SetAside: st.SetAside, PDUErrors: st.PDUErrors,
 		Answers: answersReport(&s.Pace),
 	}
 }
@@ -118,7 +119,7 @@ func kindCounts(n [matrix.NumKinds + 1]int64) []CountReport {
 func (o *OutboxReport) totals() []CountReport {
 	return []CountReport{
 		{"accepted", o.Accepted}, {"repeated", o.Repeated}, {"refused_full", o.Refused}, {"not_stored", o.NotStored},
-		{"sent", o.Sent}, {"retried", o.Retried}, {"unsent", o.Thawed}, {"divided", o.Bisected},
+		{"sent", o.Sent}, {"retried", o.Retried}, {"unsent", o.Thawed}, {"divided", o.Bisected}, {"empty", o.Controls},
 	}
 }
 

@@ -61,8 +61,9 @@ type QueueReport struct {
 type HostsReport struct {
 	Known      int          `json:"known"`
 	Allowed    int          `json:"allowed"`
-	Forgotten  int64        `json:"forgotten"` // to make room, so far
-	Revived    int64        `json:"revived"`   // tried early, as something came from them
+	Forgotten  int64        `json:"forgotten"`       // to make room, so far
+	Revived    int64        `json:"revived"`         // tried early, as something came from them
+	Spent      int64        `json:"tried_for_users"` // tried early, as a user wrote to them or asked for keys
 	Ranks      []RankReport `json:"ranks"`
 	BackingOff int          `json:"backing_off"`
 	Worst      []HostReport `json:"worst"`
@@ -261,7 +262,7 @@ func (n *Node) budgets(cfg *Config, snap *bus.Snapshot, outbox *bus.OutboxSnapsh
 }
 
 func hostsReport(s *bus.Snapshot) HostsReport {
-	h := HostsReport{Known: s.Hosts, Allowed: s.HostsLimit, Forgotten: s.Stats.HostsForgotten, Revived: s.Stats.Revived, BackingOff: s.BackingOff, Worst: []HostReport{}}
+	h := HostsReport{Known: s.Hosts, Allowed: s.HostsLimit, Forgotten: s.Stats.HostsForgotten, Revived: s.Stats.Revived, Spent: s.Stats.Spent, BackingOff: s.BackingOff, Worst: []HostReport{}}
 	for _, l := range s.Lanes {
 		h.Ranks = append(h.Ranks, RankReport{l.Name, l.Hosts, int64(l.Slots.Used), int64(l.Slots.Max), int64(l.Slots.Limit)})
 	}

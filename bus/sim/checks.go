@@ -109,13 +109,16 @@ func (w *World) hasPacked(batch bus.BatchID, dd *diskDest, p *packed) {
 // mayDeliver checks a Send of a transaction.
 func (w *World) mayDeliver(h *remote, e bus.Send) *packed {
 	p := w.out.packs[e.Batch]
+	if e.Control != "" {
+		p = w.controls(h, e)
+	}
 	if p == nil || p.unpacked || p.dest.r != h || w.atts[e.Op] != nil {
 		w.failf("Send of batch %d to %s, which is not packed", e.Batch, e.Dest)
 	}
 	if h.busy != "" || h.delivering != nil {
 		w.failf("Send to %s while it has a %s under way, delivering %t", e.Dest, h.busy, h.delivering != nil)
 	}
-	if parts := p.dest.parts; (len(parts) == 0 || parts[0].id != p.id) && w.Counts["drop"] == 0 {
+	if parts := p.dest.parts; e.Control == "" && (len(parts) == 0 || parts[0].id != p.id) && w.Counts["drop"] == 0 {
 		w.failf("Send of transaction %s to %s, which is not frozen on disk", p.id, e.Dest)
 	}
 	content := ""
@@ -126,6 +129,7 @@ func (w *World) mayDeliver(h *remote, e bus.Send) *packed {
 		w.failf("transaction %s to %s was %q and is %q", p.id, e.Dest, old, content)
 	}
 	h.content[p.id] = content
+	w.tried(h, p)
 	return p
 }
 
@@ -140,13 +144,16 @@ func (w *World) takes(h *remote, p *packed) {
 	if h.taken[p.id] {
 		return
 	}
-	h.taken[p.id], h.badSince = true, 0
+	h.taken[p.id] = true
 	keys := map[string]bool{}
 	for _, it := range p.items {
 		if it.to != h {
 			w.failf("item %d for %s comes to %s", it.n, it.to.name, h.name)
 		}
-		if it.got++; it.got > 1 {
+		if it.got++; it.got > 1 && it.unclear {
+			w.Counts["taken twice"]++
+			continue
+		} else if it.got > 1 {
 			w.failf("%s has item %d for the second time, in transaction %s", h.name, it.n, p.id)
 		}
 		if it.fate != pending && it.fate != dropped {
@@ -186,14 +193,115 @@ func (w *World) ends(e bus.Settle) *diskDest {
 		w.failf("transaction %s is delivered, but %s has not taken it", e.TxnID, e.Dest)
 	case e.Outcome == bus.Thaw && h.reached[e.TxnID]:
 		w.failf("transaction %s is thawed, but some of it may have reached %s", e.TxnID, e.Dest)
-	case e.Outcome == bus.Bisect && (h.refused[e.TxnID] < 3 || e.Reason == ""):
-		w.failf("transaction %s is bisected after %d refusals by %s, for %q", e.TxnID, h.refused[e.TxnID], e.Dest, e.Reason)
+	case e.Outcome == bus.Bisect && (h.attempts(e.TxnID) < 3 || !h.control || e.Reason == ""):
+		w.failf("transaction %s is bisected after %d attempts at %s, its control taken: %t, for %q", e.TxnID, h.attempts(e.TxnID), e.Dest, h.control, e.Reason)
 	}
 	dd := w.out.disk.dests[h.index]
-	if e.Outcome == bus.Bisect && len(dd.parts) > 0 && len(dd.parts[0].items) == 1 && !dd.parts[0].items[0].poison && w.now.Sub(h.badSince) < time.Hour {
-		w.failf("item %d is set aside since %s refuses everything, for %s only", dd.parts[0].items[0].n, e.Dest, w.now.Sub(h.badSince))
+	if e.Outcome == bus.Bisect && len(dd.parts) > 0 && dd.parts[0].id == e.TxnID {
+		w.divides(h, dd.parts[0].items)
 	}
 	return dd
+}
+
+// divides checks that what is divided, or set aside if it stands alone, is disliked by
+// its destination: an outage is no reason.
+func (w *World) divides(h *remote, items []*item) {
+	for _, it := range items {
+		it.unclear = it.unclear || it.got > 0
+	}
+	if !h.flaky && !slices.ContainsFunc(items, func(it *item) bool { return it.poison }) {
+		w.failf("%d items for %s are divided, or set aside, and it dislikes none of them", len(items), h.name)
+	}
+}
+
+// tries is how often a transaction was sent, of which some may have arrived.
+type tries struct {
+	n     int
+	last  sched.Time // when the last attempt ended
+	fails int        // since the server was last found to be ill, and well again
+	epoch int
+
+	limited bool // by the last answer, which said for how long
+}
+
+// attempts returns how many attempts at a transaction failed that may have reached the
+// remote.
+func (h *remote) attempts(id string) int {
+	if t := h.tries[id]; t != nil {
+		return t.n
+	}
+	return 0
+}
+
+// spendEach is how often a host may be tried ahead of its time for a user's sake.
+const spendEach = 5 * time.Minute
+
+// tried checks that a transaction is not attempted more often than its own back-off
+// allows, whatever else happens: only an admin, and now and then something from its
+// destination, may end it early.
+func (w *World) tried(h *remote, p *packed) {
+	t := h.tries[p.id]
+	if t == nil {
+		t = &tries{}
+		h.tries[p.id] = t
+	}
+	if p.control {
+		return
+	}
+	free := h.freed
+	h.freed = false
+	if h.aliveAt >= t.last && (h.rousedAt == 0 || w.now.Sub(h.rousedAt) >= 10*time.Minute) {
+		free = true
+	}
+	least := time.Duration(0)
+	for i := range t.fails {
+		least = min(4*time.Second<<min(i, 10), 8*time.Minute)
+	}
+	if got := w.now.Sub(t.last); got < least && t.epoch == w.epoch && !t.limited {
+		if !free {
+			w.failf("transaction %s to %s is sent %s after it had failed %d times, %s is the least", p.id, h.name, got, t.fails, least)
+		}
+		if h.aliveAt >= t.last {
+			h.rousedAt = w.now
+		}
+	}
+}
+
+// controls returns the empty transaction that the core sends.
+func (w *World) controls(h *remote, e bus.Send) *packed {
+	if w.out.ids[e.Control] || e.Batch != 0 {
+		w.failf("Send of the control %q to %s, which is another's id, with batch %d", e.Control, e.Dest, e.Batch)
+	}
+	w.out.ids[e.Control] = true
+	w.Counts["control"]++
+	return &packed{dest: w.out.disk.dests[h.index], id: e.Control, control: true}
+}
+
+// triedOut notes how an attempt at a transaction ended.
+func (w *World) triedOut(a *attempt, well bool) {
+	h, p := a.host, a.txn
+	if p.control {
+		if well && !h.control {
+			for _, t := range h.tries { // each for itself
+				t.fails = 0
+			}
+		}
+		if a.sent {
+			h.control = well
+		}
+		return
+	}
+	t := h.tries[p.id]
+	if !a.sent || well {
+		return
+	}
+	if t.epoch != w.epoch {
+		t.epoch, t.fails = w.epoch, 0
+	}
+	t.n, t.last = t.n+1, w.now
+	if t.limited = a.status == 429 && h.does != limitsAll; !t.limited {
+		t.fails++
+	}
 }
 
 func (w *World) trims(e bus.Compact) *diskDest {
@@ -301,7 +409,7 @@ func (w *World) restOutbox() {
 		case pending:
 			well = !healed
 		case delivered:
-			well = it.got == 1
+			well = it.got == 1 || it.got > 1 && it.unclear
 		case merged, expired, superseded:
 			well = it.got == 0 && it.kind != matrix.KindToDevice && it.kind != matrix.KindOther
 			switch it.kind {
@@ -315,7 +423,7 @@ func (w *World) restOutbox() {
 		case duplicate:
 			well = it.got == 0 && it.kind == matrix.KindPDU
 		case aside:
-			well = it.got == 0 && (it.poison || it.malformed || it.to.everBad)
+			well = it.got == 0 && (it.poison || it.malformed) || it.to.flaky
 		case dropped:
 			well = true
 		}
@@ -337,7 +445,7 @@ func (w *World) restOutbox() {
 	for i, room := range o.hs.rooms {
 		for _, to := range room.members {
 			r := w.remotes[to]
-			if room.newest == nil || room.newest.poison || room.newest.malformed || r.does == broken || r.everBad || w.Counts["drop"] > 0 {
+			if room.newest == nil || room.newest.poison || room.newest.malformed || r.does == broken || r.flaky || w.Counts["drop"] > 0 {
 				continue
 			}
 			if got := r.events[i]; got != room.events {

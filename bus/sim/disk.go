@@ -47,6 +47,7 @@ type item struct {
 	accepted sched.Time // when the disk was given it
 	acked    bool       // the homeserver has forgotten it
 	got      int        // how often its destination has taken it
+	unclear  bool       // it was taken in a transaction that was divided
 }
 
 func (it *item) expired(now sched.Time) bool { return it.life > 0 && now.Sub(it.accepted) > it.life }
@@ -227,6 +228,7 @@ type packed struct {
 	setAside int32
 
 	unpacked bool
+	control  bool // holds nothing, and is on no disk
 }
 
 // pack makes the next transaction, or the frozen one again.

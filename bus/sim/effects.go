@@ -315,7 +315,10 @@ func (w *World) limits(a *attempt, class matrix.Class) {
 	if least = min(least, 4*time.Minute); h.flushed {
 		h.flushed, least = false, 0
 	}
-	if got := w.now.Sub(h.failedAt); got < least {
+	if got := w.now.Sub(h.failedAt); got < least && h.spent <= int(w.now.Sub(w.bootedAt)/spendEach) {
+		h.spent++ // for a user's sake
+		w.Counts["spent"]++
+	} else if got < least {
 		w.failf("%s is tried %s after failure %d in a row, %s is the least", h.name, got, h.failures, least)
 	}
 	if !h.intent {
@@ -339,7 +342,7 @@ func (w *World) finish(a *attempt, f matrix.Failure) {
 	// In an outage, and of a remote that hangs in turn, the core may rightly take a
 	// connection that hangs for one that is open and broken, as long as others have
 	// worked.
-	if f.NeverConnected() || f == matrix.FailTimeout && (w.out == nil || !w.out.partition) && !w.profile.Lookups {
+	if f.NeverConnected() || f == matrix.FailTimeout && (w.out == nil || !w.out.partition && (w.out.profile.Ill == 0 || a.txn != nil && !a.sent)) && !w.profile.Lookups {
 		h.failures++
 		h.failedAt = w.now
 		h.intent = false
@@ -352,6 +355,7 @@ func (w *World) finish(a *attempt, f matrix.Failure) {
 	}
 	if a.txn != nil {
 		h.delivering = nil
+		w.triedOut(a, f == matrix.FailNone && a.status == 200)
 		w.step(bus.Done{Op: a.id, Failure: f, Detail: f.String(), Size: 2, Sent: a.sent})
 		return
 	}

@@ -84,7 +84,7 @@ func (w *World) askKeys() {
 func (w *World) comesIn() {
 	if w.rng.IntN(2) == 0 {
 		r := w.remotes[w.rng.IntN(len(w.remotes))]
-		r.flushed = true
+		r.flushed, r.aliveAt = true, w.now
 		w.step(bus.Alive{Server: r.name})
 		return
 	}

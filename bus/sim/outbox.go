@@ -18,7 +18,8 @@ type OutboxProfile struct {
 	Crashes int           // of the bus, at any step
 	Outage  time.Duration // during which no server can be reached
 	Rooms   int
-	Items   int // of a destination that the disk takes
+	Items   int           // of a destination that the disk takes
+	Ill     time.Duration // for which each server is ill in one way, at the same time
 }
 
 // What a remote does to transactions only.
@@ -28,6 +29,16 @@ const (
 	loses                                    // takes it, and its answer is lost
 	broken                                   // 500 to all
 	numOutboxBehaviours
+)
+
+// What a remote does in the test of illnesses only.
+const (
+	servfail     behaviour = numOutboxBehaviours + iota // its name cannot be looked up for now
+	expiredCert                                         // TLS fails
+	blocks                                              // 403, in HTML
+	resets                                              // when the body is there
+	resetsAtOnce                                        // before that
+	limitsAll                                           // 429, and no time
 )
 
 // outboxWorld is the outbox's part of a world.
@@ -60,12 +71,16 @@ type txState struct {
 
 	content  map[string]string // of each id that was sent
 	reached  map[string]bool   // some of it may have arrived
-	refused  map[string]int    // how often
 	taken    map[string]bool
 	events   map[int]int64 // the newest of each room
 	versions map[string]int64
-	everBad  bool       // refuses everything, or did until the world healed
-	badSince sched.Time // when it refused first since it took something; 0: it has not
+	spent    int // how often it was tried ahead of its time for a user's sake, since the start
+	tries    map[string]*tries
+	rousedAt sched.Time // when something came from it that ended a back-off
+	aliveAt  sched.Time // when something came from it
+	freed    bool       // an admin wants it tried
+	control  bool       // what became of the last control: it was taken
+	flaky    bool       // has taken something and lost the answer
 }
 
 func (w *World) drawOutbox() {
@@ -118,14 +133,19 @@ func (w *World) startOutbox() {
 	o.disk = &disk{w: w, failures: []int{0, 0, 3, 15}[w.rng.IntN(4)], maxDestItems: o.profile.Items,
 		maxItems: o.profile.Items * (2 + w.rng.IntN(len(w.remotes))), maxDests: int(w.profile.Config.Outbox.MaxQueues),
 		packPDUs: 1 + w.rng.IntN(20), packEDUs: 1 + w.rng.IntN(20)}
+	if o.profile.Ill > 0 { // what else goes wrong has profiles of its own
+		o.disk.failures, o.disk.maxItems = 0, 1000*len(w.remotes)
+	}
 	o.hs = &homeserver{w: w, users: 1 + w.rng.IntN(6), merges: w.rng.IntN(2) == 0, poison: []int{0, 3, 12}[w.rng.IntN(3)], versions: map[string]int64{}}
+	if o.profile.Ill > 0 {
+		o.hs.poison = 0
+	}
 	for i, r := range w.remotes {
-		r.txState = txState{index: i, content: map[string]string{}, reached: map[string]bool{}, refused: map[string]int{},
+		r.txState = txState{index: i, tries: map[string]*tries{}, content: map[string]string{}, reached: map[string]bool{},
 			taken: map[string]bool{}, events: map[int]int64{}, versions: map[string]int64{}}
 		if r.does != healthy && w.rng.IntN(2) == 0 {
 			r.does = numBehaviours + behaviour(w.rng.IntN(int(numOutboxBehaviours-numBehaviours)))
 		}
-		r.everBad = r.does == broken
 		o.disk.dests = append(o.disk.dests, &diskDest{r: r})
 		o.hs.dests = append(o.hs.dests, &hsDest{r: r})
 	}
@@ -157,6 +177,9 @@ func (w *World) scheduleOutbox(end sched.Time) sched.Time {
 	}
 	end = max(at, end)
 	moment := func() sched.Time { return w.now.Add(w.between(0, end.Sub(w.now)+1)) }
+	if o.profile.Ill > 0 {
+		return max(end, w.scheduleIllness())
+	}
 	if o.profile.Outage > 0 {
 		from := w.now.Add(w.between(0, time.Minute))
 		w.future.Set(from, func() { o.partition = true })
@@ -230,7 +253,7 @@ func (w *World) adjusted(dd *diskDest) func() {
 // flush has a destination tried at once.
 func (w *World) flush(dd *diskDest) {
 	w.Counts["flush"]++
-	dd.r.flushed = true
+	dd.r.flushed, dd.r.freed = true, true
 	w.step(bus.Flush{Dest: dd.r.name})
 }
 
@@ -404,7 +427,7 @@ func (w *World) outboxEffect(e bus.Effect) bool {
 	o := w.out
 	switch e := e.(type) {
 	case bus.Send:
-		if e.Batch == 0 {
+		if e.Batch == 0 && e.Control == "" {
 			return false
 		}
 		w.deliver(e)
@@ -466,6 +489,12 @@ func (w *World) deliver(e bus.Send) {
 	}
 	connect := w.between(time.Millisecond, 200*time.Millisecond)
 	switch {
+	case does == servfail:
+		w.at(connect, func() { w.finish(a, matrix.FailDNS) })
+		return
+	case does == expiredCert:
+		w.at(connect, func() { w.finish(a, matrix.FailTLS) })
+		return
 	case does == refuses && w.out.partition:
 		w.at(connect, func() { w.finish(a, matrix.FailUnreachable) })
 		return
@@ -493,10 +522,14 @@ func (w *World) deliver(e bus.Send) {
 	switch does {
 	case slow:
 		latency = w.between(time.Second, 20*time.Second)
+	case resets, resetsAtOnce:
+		w.at(connect+latency, func() { h.connected = false; w.finish(a, matrix.FailReset) })
+		return
 	case mute:
 		if w.rng.IntN(2) == 0 {
 			w.at(connect+latency, func() {
 				if !a.done && !h.refuses(p) {
+					h.flaky = true
 					w.takes(h, p)
 				}
 			})
@@ -527,32 +560,35 @@ func (w *World) handles(a *attempt, does behaviour) {
 	case does == gatewayDown:
 		status = 502 + w.rng.IntN(3)
 	case does == denies:
-		status = []int{401, 403, 404}[p.items[0].n%3]
+		status = []int{401, 403, 404}[h.index%3]
+	case does == blocks:
+		status = 403
+	case does == limitsAll:
+		status = 429
 	case does == strange:
 		end = matrix.FailContent
 	case h.taken[p.id]:
 		// It answers as the first time.
 	case h.refuses(p):
 		status = 500
-		if h.refused[p.id]++; h.badSince == 0 {
-			h.badSince = w.now
-		}
 	default:
 		w.takes(h, p)
 	}
 	if status == 200 && end == matrix.FailNone && coin {
 		switch does {
 		case loses:
+			h.flaky = true
 			w.finish(a, matrix.FailReset)
 			return
 		case cuts:
+			h.flaky = true
 			end = matrix.FailCut
 		}
 	}
 	if status < 502 {
 		h.failures = 0
 	}
-	a.answered = true
+	a.answered, a.status = true, status
 	w.heard(h, status != 429 && status < 502)
 	w.Counts[fmt.Sprintf("status %d", status)]++
 	w.at(w.between(0, 100*time.Millisecond), func() { w.finish(a, end) })

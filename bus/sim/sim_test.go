@@ -64,6 +64,30 @@ var outboxProfiles = map[string]struct {
 	}, 10, []string{"superseded", "expired", "thaw", "merged", "sweep"}},
 }
 
+// A server that was ill for long, in any way, has all that is durable soon after it is
+// well, each item once.
+func TestIllnessEnds(t *testing.T) {
+	for _, ill := range []time.Duration{20 * time.Minute, 3 * time.Hour, 20 * time.Hour} {
+		t.Run(ill.String(), func(t *testing.T) {
+			t.Parallel()
+			seeds := *outboxSeedsFlag / 20
+			if ill > 3*time.Hour {
+				seeds /= 2
+			}
+			for seed := range seeds {
+				if *seedFlag != 0 && seed != *seedFlag {
+					continue
+				}
+				w := run(t, seed, Profile{Requests: 60, Gap: ill / 60, Hosts: len(illnesses), Faulty: 1,
+					Outbox: &OutboxProfile{News: 60, Gap: ill / 60, Rooms: 4, Items: 1000, Ill: ill}})
+				if w.Counts[fmt.Sprint("well again after ", ill)] != 1 {
+					t.Fatal("no server became well")
+				}
+			}
+		})
+	}
+}
+
 // outboxSaturated has many destinations for few workers.
 func outboxSaturated() Profile {
 	c := bus.Default()

@@ -173,6 +173,8 @@ type World struct {
 	wakeAt sched.Time
 	epoch  int // of the core: events of an earlier one are dropped
 
+	bootedAt sched.Time
+
 	out     *outboxWorld // nil: there is no outbox
 	healed  bool
 	ending  bool // in good order, to start again
@@ -257,11 +259,12 @@ func NewWorld(seed uint64, p Profile) *World {
 // boot starts a core with what the disk has.
 func (w *World) boot() {
 	w.epoch++
+	w.bootedAt = w.now
 	w.drained = false
 	w.reqs, w.atts, w.onceSent = map[bus.ReqID]*request{}, map[bus.OpID]*attempt{}, map[bus.ReqID]bool{}
 	w.m = bus.New(w.profile.Config, rand.New(rand.NewPCG(w.seed, uint64(w.epoch))))
 	for _, r := range w.remotes {
-		r.connected, r.running, r.keys, r.sends, r.intent = false, 0, 0, nil, false
+		r.connected, r.running, r.keys, r.sends, r.intent, r.spent = false, 0, 0, nil, false, 0
 		// What a failure adds to the intent may not have reached the disk, and
 		// with a full disk not even that.
 		r.failedAt = min(r.failedAt, r.triedAt)
