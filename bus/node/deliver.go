@@ -70,6 +70,7 @@ func (n *Node) endDelivery(d *delivery, answered *bus.Answered, done bus.Done) {
 		n.notable.undelivered(d, done)
 	}
 	if answered != nil {
+		n.notable.refused(d, answered.Status, done)
 		n.loop.Post(event{Event: *answered, then: done})
 		return
 	}

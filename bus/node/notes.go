@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"log/slog"
+	"net/http"
 	"strings"
 	"sync"
 	"time"
@@ -96,6 +97,19 @@ func (n *notes) undelivered(d *delivery, done bus.Done) {
 		level = slog.LevelWarn
 	}
 	n.write(level, "delivery failed", slog.String("destination", string(d.dest)), slog.String("transaction", d.txn.id), slog.String("failure", done.Failure.String()), slog.String("detail", done.Detail))
+}
+
+// refused tells of a transaction that was answered, and not taken. A 401 is first of all
+// about our key: the destination may not have been able to fetch it.
+func (n *notes) refused(d *delivery, status int, done bus.Done) {
+	attrs := []slog.Attr{slog.String("destination", string(d.dest)), slog.String("transaction", d.txn.id), slog.Int("status", status), slog.String("detail", done.Detail)}
+	switch {
+	case status == http.StatusOK:
+	case status == http.StatusUnauthorized:
+		n.write(slog.LevelWarn, "a destination does not accept our signature: it may not have our key yet, or cannot fetch it from us", attrs...)
+	default:
+		n.write(slog.LevelInfo, "a destination refuses a transaction", attrs...)
+	}
 }
 
 // reply tells of an answer that the homeserver did not get whole.

@@ -302,20 +302,12 @@ func indexOf(w *sim.World, name matrix.ServerName) int {
 	return -1
 }
 
-// The answer to a transaction lies in the spool, whose bounds hold for all of them
-// together, and one that is too large is not read to its end.
-func TestLargeAnswersToTransactionsAreBounded(t *testing.T) {
-	w := federation(t, sim.Config{Servers: 1})
-	var tooLarge atomic.Bool
-	remote := httptest.NewUnstartedServer(http.HandlerFunc(func(rw http.ResponseWriter, req *http.Request) {
-		_, _ = io.Copy(io.Discard, req.Body)
-		fmt.Fprintf(rw, `{"pdus":{"$refused":{"error":"no"}},"more":"%s`, strings.Repeat("x", maxSendAnswer-100))
-		if tooLarge.Load() {
-			_, _ = io.WriteString(rw, strings.Repeat("x", 200))
-		}
-		_, _ = io.WriteString(rw, `"}`)
-	}))
-	ln, err := net.Listen("tcp", "127.1.250.1:0")
+// startBeside starts a bus for which example.com:8448 is a server with a handler of the
+// test's, beside those of w.
+func startBeside(t *testing.T, c config, w *sim.World, listen string, handler http.HandlerFunc) *running {
+	t.Helper()
+	remote := httptest.NewUnstartedServer(handler)
+	ln, err := net.Listen("tcp", listen)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -323,8 +315,6 @@ func TestLargeAnswersToTransactionsAreBounded(t *testing.T) {
 	remote.Listener = ln
 	remote.StartTLS()
 	t.Cleanup(remote.Close)
-
-	c := withOutbox(t, quick)
 	r := newRunning(t, w, c)
 	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: remote.Certificate().Raw})
 	text, err := os.ReadFile(r.path)
@@ -336,6 +326,88 @@ func TestLargeAnswersToTransactionsAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.start(hooks{})
+	return r
+}
+
+// A server that refuses one item takes an empty transaction, and so the item is found and
+// set aside, and the others arrive.
+func TestADislikedItemIsSetAside(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1})
+	var controls, refused, taken atomic.Int64
+	r := startBeside(t, withOutbox(t, unpaced), w, "127.1.250.2:0", func(rw http.ResponseWriter, req *http.Request) {
+		var txn struct {
+			Origin string            `json:"origin"`
+			TS     int64             `json:"origin_server_ts"`
+			PDUs   []json.RawMessage `json:"pdus"`
+			EDUs   []json.RawMessage `json:"edus"`
+		}
+		body, _ := io.ReadAll(req.Body)
+		x, err := matrix.ParseXMatrix(req.Header.Get("Authorization"))
+		if json.Unmarshal(body, &txn) != nil || txn.Origin != string(us.Name) || txn.TS == 0 || err != nil || x.Destination != "example.com:8448" {
+			t.Errorf("a transaction is %s, signed %q", body, req.Header.Get("Authorization"))
+		}
+		switch {
+		case bytes.Contains(body, []byte("message 3")):
+			refused.Add(1)
+			rw.WriteHeader(http.StatusForbidden)
+			_, _ = io.WriteString(rw, "<html>Forbidden</html>")
+			return
+		case len(txn.PDUs)+len(txn.EDUs) == 0:
+			controls.Add(1)
+		}
+		taken.Add(int64(len(txn.PDUs)))
+		_, _ = io.WriteString(rw, `{"pdus":{}}`)
+	})
+	var pdus []json.RawMessage
+	for i := range 5 {
+		pdus = append(pdus, message(i))
+	}
+	r.taken("example.com:8448", "t1", pdus, nil)
+	r.until("all others to be delivered", func() bool {
+		r.node.loop.Post(event{Event: bus.Flush{Dest: "example.com:8448"}}) // in place of its back-off
+		return r.report().Outbox.Destinations == 0
+	})
+	if o := r.report().Outbox; o.SetAsideNow != 1 || taken.Load() != 4 || controls.Load() < 2 || o.Controls != controls.Load() {
+		t.Errorf("%d set aside, %d taken, %d controls (%d by the bus's own count); want 1, 4, and at least 2", o.SetAsideNow, taken.Load(), controls.Load(), o.Controls)
+	}
+	if !strings.Contains(r.log.String(), "a destination refuses a transaction") {
+		t.Error("the log does not say that something is refused")
+	}
+}
+
+// A 401 is about our key. It is said, and tried again in seconds.
+func TestARefusedSignatureIsSaid(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1})
+	var has atomic.Bool
+	r := startBeside(t, withOutbox(t, unpaced), w, "127.1.250.3:0", func(rw http.ResponseWriter, req *http.Request) {
+		_, _ = io.Copy(io.Discard, req.Body)
+		if !has.Swap(true) {
+			rw.WriteHeader(http.StatusUnauthorized)
+			_, _ = io.WriteString(rw, `{"errcode":"M_UNAUTHORIZED","error":"no key"}`)
+			return
+		}
+		_, _ = io.WriteString(rw, `{"pdus":{}}`)
+	})
+	r.taken("example.com:8448", "t1", []json.RawMessage{message(1)}, nil)
+	r.until("it to be delivered", func() bool { return r.report().Outbox.Destinations == 0 })
+	if !strings.Contains(r.log.String(), "does not accept our signature") {
+		t.Error("the log does not say what was refused")
+	}
+}
+
+// The answer to a transaction lies in the spool, whose bounds hold for all of them
+// together, and one that is too large is not read to its end.
+func TestLargeAnswersToTransactionsAreBounded(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1})
+	var tooLarge atomic.Bool
+	r := startBeside(t, withOutbox(t, quick), w, "127.1.250.1:0", func(rw http.ResponseWriter, req *http.Request) {
+		_, _ = io.Copy(io.Discard, req.Body)
+		fmt.Fprintf(rw, `{"pdus":{"$refused":{"error":"no"}},"more":"%s`, strings.Repeat("x", maxSendAnswer-100))
+		if tooLarge.Load() {
+			_, _ = io.WriteString(rw, strings.Repeat("x", 200))
+		}
+		_, _ = io.WriteString(rw, `"}`)
+	})
 	r.taken("example.com:8448", "t1", []json.RawMessage{message(1)}, nil)
 	r.until("a large answer to be taken", func() bool { return r.report().Outbox.Destinations == 0 })
 	if s := r.node.spool.Stats(); s.MaxDisk+s.MaxMemory < maxSendAnswer-100 {
