@@ -66,3 +66,24 @@ func TestASignOfLifeKeepsToAWindow(t *testing.T) {
 	r.step(Alive{"unknown.test"})
 	r.one("who is not known stays so", r.m.hosts["unknown.test"] == nil)
 }
+
+// A server behind a gateway that fails sends something itself: what is pending for it is
+// tried, but not each time, as that it sends does not say that it takes anything.
+func TestSignsOfLifeDoNotEndABackOffEachTime(t *testing.T) {
+	r := newOutboxRig(t, nil)
+	r.take("h.test", kPDU)
+	attempts := 0
+	for end := r.now.Add(10 * time.Minute); r.now < end; {
+		if len(of[Pack](r.last)) == 1 || r.control() {
+			attempts++
+			r.ends(r.due(), 502)
+			continue
+		}
+		if r.passTo(5*time.Second) == 5*time.Second {
+			r.step(Alive{"h.test"})
+		}
+	}
+	if attempts < 5 || attempts > 12 { // 10 s, 20 s, 40 s ... with a control now and then, and one for a sign of life
+		t.Errorf("%d attempts in ten minutes, want as many as by its own back-off and one", attempts)
+	}
+}
