@@ -33,10 +33,12 @@ const (
 	// dnsPositive is short, since a server that moves has usually lowered its
 	// TTL to something like it.
 	dnsPositive = 5 * time.Minute
-	// dnsNegative is as long as Synapse's first back-off from a failing server,
-	// so a dead server costs one set of questions for each attempt. Most servers
-	// have no SRV record: this is also what they cost.
-	dnsNegative = 10 * time.Minute
+	// dnsNoRecord is for the SRV records that most servers do not have.
+	dnsNoRecord = 10 * time.Minute
+	// dnsNoName is for a name without an address: long enough for one attempt at its
+	// server, since when the next one is made others decide, who know that somebody
+	// wants it.
+	dnsNoName = 5 * time.Second
 	// dnsFailed lets the requests that wait for one server share one failure.
 	dnsFailed = 30 * time.Second
 	// dnsStale is how old an answer may get while the name cannot be looked up,
@@ -150,7 +152,7 @@ func (d *DNS) IP(ctx context.Context, host string) ([]netip.Addr, error) {
 
 // SRV returns the records of _service._proto.name.
 func (d *DNS) SRV(ctx context.Context, service, proto, name string) ([]*net.SRV, error) {
-	question := "SRV _" + service + "._" + proto + "." + rooted(name)
+	question := srvQuestion + "_" + service + "._" + proto + "." + rooted(name)
 	a, err := d.answer(ctx, question, func(ctx context.Context) (a dnsAnswer, err error) {
 		_, a.srvs, err = d.resolver.LookupSRV(ctx, service, proto, rooted(name))
 		if len(a.srvs) > 0 {
@@ -163,6 +165,9 @@ func (d *DNS) SRV(ctx context.Context, service, proto, name string) ([]*net.SRV,
 	})
 	return a.srvs, err
 }
+
+// srvQuestion begins the name of a question for SRV records in the cache.
+const srvQuestion = "SRV "
 
 // rooted makes a name absolute, so that the system's search domains are not
 // tried: they would leak every server name to a local domain, and answer for it.
@@ -219,7 +224,11 @@ func (d *DNS) store(question string, a dnsAnswer, err error) dnsAnswer {
 	case err == nil:
 		a.expires, a.stale = now.Add(dnsPositive), now.Add(dnsStale)
 	case isNotFound(err):
-		a = dnsAnswer{err: err, expires: now.Add(dnsNegative)}
+		keep := dnsNoName
+		if strings.HasPrefix(question, srvQuestion) {
+			keep = dnsNoRecord
+		}
+		a = dnsAnswer{err: err, expires: now.Add(keep)}
 	default:
 		old, ok := d.cache.get(question)
 		if ok && old.err == nil && now.Before(old.stale) {

@@ -92,9 +92,9 @@ func TestDNSCache(t *testing.T) {
 		{dnsFailed, nil, errServfail, want{6, nil, matrix.FailDNS}},
 		{dnsFailed - 1, one, nil, want{6, nil, matrix.FailDNS}}, // a failure is remembered too
 		{1, one, nil, want{7, one, matrix.FailNone}},
-		// A name that is gone is gone at once, and stays so for 10 min.
+		// A name that is gone is gone at once, and stays so for one attempt.
 		{dnsPositive, nil, gone, want{8, nil, matrix.FailNoName}},
-		{dnsNegative - 1, one, nil, want{8, nil, matrix.FailNoName}},
+		{dnsNoName - 1, one, nil, want{8, nil, matrix.FailNoName}},
 		{1, nil, errServfail, want{9, nil, matrix.FailDNS}}, // there is nothing to stand in
 		{dnsFailed, one, nil, want{10, one, matrix.FailNone}},
 	} {
@@ -401,5 +401,29 @@ func TestStaticNamesHaveNoServices(t *testing.T) {
 	}
 	if _, err := l.SRV(t.Context(), "matrix", "tcp", "other.test"); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("another name: %v", err)
+	}
+}
+
+// That a server has no SRV record is remembered for longer than that its name does not
+// exist, which may be repaired at any moment.
+func TestHowLongItIsRememberedThatThereIsNothing(t *testing.T) {
+	gone := notFound("x")
+	r := &fakeResolver{srv: func(string) ([]*net.SRV, error) { return nil, gone }, ip: func(context.Context, string) ([]netip.Addr, error) { return nil, gone }}
+	now := time.Unix(1e9, 0)
+	d := NewDNS(DNSConfig{resolver: r, Now: func() time.Time { return now }})
+	ask := func() (asked int) {
+		before := r.count()
+		_, _ = d.IP(t.Context(), "example.org")
+		_, _ = d.SRV(t.Context(), "matrix-fed", "tcp", "example.org")
+		return r.count() - before
+	}
+	for _, step := range []struct {
+		after time.Duration
+		want  int
+	}{{0, 2}, {dnsNoName - 1, 0}, {1, 1}, {dnsNoRecord - dnsNoName - 1, 1}, {1, 1}} {
+		now = now.Add(step.after)
+		if got := ask(); got != step.want {
+			t.Errorf("%s later %d questions are asked, want %d", step.after, got, step.want)
+		}
 	}
 }
