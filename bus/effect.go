@@ -115,6 +115,9 @@ type ReplyKeys struct {
 type KeyFetched struct {
 	For   uint64
 	Asked bool
+	// Answered: the server itself was asked just now, and what it says of its keys is
+	// valid and in the store. So what is not there it does not have.
+	Answered bool
 }
 
 // JoinWindow says that the homeserver has begun to join a room, or is through with

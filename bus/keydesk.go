@@ -63,20 +63,21 @@ type fetchKey struct {
 // will ask for.
 type keyQuery struct {
 	Arrived
-	id      QueryID
-	via     matrix.ServerName // as in the store
-	own     bool
-	room    string
-	wants   []matrix.KeyWant
-	open    map[*keyFetch]bool
-	loading bool
-	found   bool   // some of it is in the store, or came
-	again   bool   // it is being looked up once more
-	forKey  bool   // it is the shell's, for one key
-	asked   bool   // somebody was asked
-	wanted  uint64 // by which KeyWanted, until that is over
-	why     string // how a fetch failed
-	timer   *sched.Timer[timer]
+	id       QueryID
+	via      matrix.ServerName // as in the store
+	own      bool
+	room     string
+	wants    []matrix.KeyWant
+	open     map[*keyFetch]bool
+	loading  bool
+	found    bool   // some of it is in the store, or came
+	again    bool   // it is being looked up once more
+	forKey   bool   // it is the shell's, for one key
+	asked    bool   // somebody was asked
+	answered bool   // the server itself was, and has said what keys it has
+	wanted   uint64 // by which KeyWanted, until that is over
+	why      string // how a fetch failed
+	timer    *sched.Timer[timer]
 }
 
 // keyFetch is one server whose keys are wanted.
@@ -434,6 +435,11 @@ func (m *Machine) keysDone(c *call, ev Done, suspect bool) {
 	switch {
 	case ok:
 		m.stats.KeysHad += int64(len(c.fetches) - len(ev.Missing))
+		if c.desk.name == "" && len(ev.Missing) == 0 {
+			for _, q := range c.fetches[0].waiters {
+				q.answered = true
+			}
+		}
 		for _, server := range ev.Missing {
 			m.keysMiss(fetchKey{c.desk.name, server})
 		}

@@ -35,7 +35,7 @@ func (m *Machine) keyWanted(ev KeyWanted) {
 // keyOver tells the shell that its KeyWanted is over, if this is one.
 func (m *Machine) keyOver(q *keyQuery) {
 	if q.wanted != 0 {
-		m.emit(KeyFetched{For: q.wanted, Asked: q.asked})
+		m.emit(KeyFetched{For: q.wanted, Asked: q.asked, Answered: q.own && q.answered})
 		q.wanted = 0
 	}
 }

@@ -39,7 +39,8 @@ type call struct {
 	replied   bool // what is being recorded has been answered
 	counts    bool // among its origin's transactions that wait
 	bytes     int64
-	crowds    int32 // its part of its origin's waits
+	crowds    int32  // its part of its origin's waits
+	peer      string // of one whose signature could not be checked: where it came from
 
 	link [numLinks]link
 }

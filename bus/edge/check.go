@@ -133,6 +133,9 @@ func (m *Machine) checkDesk() error {
 	if running > m.cfg.Verifying && !m.reconfigured() || d.topFetch > m.cfg.KeyFetches && !m.reconfigured() {
 		return fmt.Errorf("verification: %d of %d, %d fetches of %d", running, m.cfg.Verifying, d.topFetch, m.cfg.KeyFetches)
 	}
+	if wrong := m.checkLedger(); wrong != "" {
+		return fmt.Errorf("verification: %s are miscounted", wrong)
+	}
 	return nil
 }
 

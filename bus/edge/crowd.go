@@ -13,6 +13,10 @@ func (m *Machine) crowdIn(c *call) {
 	o.unbegun[b].insert(c)
 	c.crowds = int32(len(c.waiters))
 	o.waits[b] += c.crowds
+	if o.stranger {
+		count(m.ledger.passing, c.leader.Peer, 1)
+		c.peer = c.leader.Peer
+	}
 }
 
 // uncrowd notes that a call begins, or ends without.
@@ -24,6 +28,9 @@ func (m *Machine) uncrowd(c *call) {
 	o.unbegun[b].remove(c)
 	o.waits[b] -= c.crowds
 	c.crowds = 0
+	if o.stranger {
+		count(m.ledger.passing, c.peer, -1)
+	}
 	if o.unbegun[b].n > 0 {
 		return
 	}

@@ -30,13 +30,16 @@
 // Origins that are denied are refused at once, then the signature is checked, with
 // the keys at hand (Verify). Only if these do not do may a key be fetched, one at a
 // time for an origin, three in a minute, and KeyFetches in a minute for all; a
-// quarter is for servers that have sent something authentic. Until then a request is
+// quarter is for servers that have sent something authentic, and a quarter of the rest for
+// addresses that have hardly had any. One address has an eighth, its network a quarter, and
+// what it was caught forging in the last ten minutes halves that each time (share.go). Until then a request is
 // counted apart, by the address that it comes from, and addresses take turns: what is
 // forged is in the way of nobody else. An address may hold a quarter of Unverified, and
 // if that is full, a newcomer displaces the newest of the address that has most. Those
-// that wait for a fetch are half of Unverified at most, 8 of one origin, and a
+// that wait for a fetch are half of Unverified at most, 8 of one origin, by the same shares, and a
 // quarter of that half of one address or kept for servers that are known. So whose
-// key is at hand is verified at once, whoever waits. A bad signature is 401. If the key
+// key is at hand is verified at once, whoever waits. A bad signature is 401, and so is a key
+// that its own server, asked just now, does not have. If the key
 // cannot be had, the homeserver may try (PassNoKey): at PassRate, as if it came from one
 // stranger, and it shares, joins and stores nothing. Or it is 401, but 503 if the
 // key was not even asked for, since a sender leaves us alone for long after a 4xx.

@@ -39,7 +39,10 @@ type Arrived struct {
 	Keys   []string
 	// Peer is where the connection comes from, so that one address cannot take
 	// the turns of others. "": nobody knows, as behind a proxy that does not say.
-	Peer     string
+	Peer string
+	// Net is the network that Peer is in, where one owner has many addresses: the /48 of
+	// IPv6. "": there is none to speak of.
+	Net      string
 	Endpoint *matrix.Endpoint
 	Class    matrix.Class // the endpoint's; for transactions Txn decides
 	Key      Key
@@ -96,6 +99,9 @@ type Verified struct {
 	// Tried: of NoKey, the key was asked for, now or within the last minute, so that
 	// asking again would come to nothing.
 	Tried bool
+	// Lacks: of NoKey, the origin's own server answered, now or within the last minute,
+	// and does not have the key.
+	Lacks bool
 }
 
 // Looked: what the store knows of a request. Exactly one comes for each Look.

@@ -27,6 +27,7 @@ type Machine struct {
 	unverified pool
 	held       pool // verified, or without a signature
 	desk       verifyDesk
+	ledger     ledger
 
 	origins   map[originKey]*origin
 	idle      originList // without calls, the longest idle first
@@ -89,6 +90,7 @@ func New(cfg Config, rng *rand.Rand) *Machine {
 		ops:     make(map[OpID]*call),
 	}
 	m.desk.init()
+	m.ledger.init()
 	m.joins.init()
 	var weights []int32
 	for b := range m.line {

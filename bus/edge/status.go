@@ -69,6 +69,7 @@ type Stats struct {
 	Again        int64 // of them, put back to be tried again
 	Stalled      int64 // of them, slower than counts
 	BrokenOff    int64 // of them, to make room for others
+	KeyLacked    int64 // requests signed with a key that their server does not have
 	Statuses     [6]int64
 	Failures     [matrix.NumFailures]int64
 	Acknowledged int64 // transactions

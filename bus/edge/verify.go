@@ -36,8 +36,9 @@ type peer struct {
 }
 
 type fetched struct {
-	at     sched.Time
-	origin matrix.ServerName
+	at        sched.Time
+	origin    matrix.ServerName
+	peer, net string
 }
 
 // fetch is a Verify that may fetch a key; requests of the same origin wait for it.
@@ -164,20 +165,6 @@ func (m *Machine) unpark(r *request) {
 // held unverified, so that they are in nobody's way whose key is at hand.
 func (m *Machine) mostParked() int32 { return max(2, m.cfg.Unverified/2) }
 
-// mayPark reports whether one more request may wait for a fetch. A quarter of the
-// places is kept for servers that are known, and one address may take a quarter.
-func (m *Machine) mayPark(r *request) bool {
-	most := m.mostParked()
-	here := max(2, most/4)
-	if !m.known(r.Origin) {
-		most -= most / 4
-	}
-	if f := m.desk.fetching[r.Origin]; f != nil && len(f.parked)+1 >= parkedPerOrigin {
-		return false
-	}
-	return m.desk.parked < most && (r.Peer == "" || m.desk.peers[r.Peer].parked < here)
-}
-
 // verifyNext starts checks while there is room for them. Addresses take turns.
 func (m *Machine) verifyNext() {
 	d := &m.desk
@@ -227,7 +214,7 @@ func (m *Machine) verified(ev Verified) {
 		case p.answered:
 			m.free(p)
 		case ev.Verdict == NoKey && slices.Equal(p.Keys, keys):
-			m.noKey(p, ev.Tried, ev.Text)
+			m.noKey(p, ev)
 		default:
 			m.queueVerify(m.desk.peers[p.Peer], p)
 		}
@@ -246,6 +233,7 @@ func (m *Machine) judge(r *request, ev Verified) {
 		m.authentic(r)
 	case Forged:
 		m.stats.Forged++
+		m.offend(r.Peer)
 		if o := m.origins[originKey{name: r.Origin}]; o != nil {
 			o.counts.Forged++
 		}
@@ -259,7 +247,7 @@ func (m *Machine) judge(r *request, ev Verified) {
 		case r.answered:
 			m.free(r)
 		case r.fetched, ev.Tried:
-			m.noKey(r, ev.Tried, ev.Text)
+			m.noKey(r, ev)
 		default:
 			m.fetch(r, ev.Text)
 		}
@@ -273,7 +261,7 @@ func (m *Machine) fetch(r *request, text string) {
 	d := &m.desk
 	if !m.mayPark(r) {
 		m.stats.ParkedDenied++
-		m.noKey(r, false, text)
+		m.noKey(r, Verified{Text: text})
 		return
 	}
 	if f := d.fetching[r.Origin]; f != nil {
@@ -282,19 +270,16 @@ func (m *Machine) fetch(r *request, text string) {
 		f.parked = append(f.parked, r)
 		return
 	}
-	m.oldFetches()
-	limit := m.cfg.KeyFetches
-	if !m.known(r.Origin) {
-		limit -= limit / 4
-	}
-	if d.fetches.Len() >= int(limit) || d.recent[r.Origin] >= fetchesPerOrigin {
+	if !m.mayFetch(r) {
 		m.stats.FetchesDenied++
-		m.noKey(r, false, text)
+		m.noKey(r, Verified{Text: text})
 		return
 	}
 	m.stats.Fetches++
 	m.park(r)
-	d.fetches.Push(fetched{m.now, r.Origin})
+	d.fetches.Push(fetched{m.now, r.Origin, r.Peer, r.Net})
+	count(m.ledger.fetches, r.Peer, 1)
+	count(m.ledger.fetches, r.Net, 1)
 	d.recent[r.Origin]++
 	d.topFetch = max(d.topFetch, int32(d.fetches.Len()))
 	d.fetching[r.Origin] = &fetch{req: r}
@@ -312,25 +297,30 @@ func (m *Machine) oldFetches() {
 			return
 		}
 		d.fetches.Pop()
+		count(m.ledger.fetches, f.peer, -1)
+		count(m.ledger.fetches, f.net, -1)
 		if d.recent[f.origin]--; d.recent[f.origin] == 0 {
 			delete(d.recent, f.origin)
 		}
 	}
 }
 
-// noKey decides about a request whose signature cannot be checked. tried: the key
-// was asked for, and did not come.
-func (m *Machine) noKey(r *request, tried bool, text string) {
+// noKey decides about a request whose signature cannot be checked.
+func (m *Machine) noKey(r *request, ev Verified) {
 	m.stats.NoKey++
 	switch {
-	case m.cfg.NoKey == PassNoKey && m.strangers.waiting() < passQueue && m.strangers.fits(r, &m.cfg) && m.room(r, BandLookup, m.strangers):
+	case ev.Lacks:
+		m.stats.KeyLacked++
+		m.offend(r.Peer)
+		m.turnAway(nil, r, ForAuth, 401, matrix.MUnauthorized, fmt.Sprintf("fsbus: %s, asked just now, does not have the key that this was signed with: %s", r.Origin, ev.Text), 0)
+	case m.cfg.NoKey == PassNoKey && m.mayPass(r):
 		m.admit(r)
 		m.stats.Passed++
 		m.ask(r, m.strangers, BandLookup)
-	case m.cfg.NoKey == PassNoKey || !tried:
+	case m.cfg.NoKey == PassNoKey || !ev.Tried:
 		m.full(nil, r, fmt.Sprintf("fsbus: the signing key of %s is not known, and too many are asked for", r.Origin))
 	default:
-		m.turnAway(nil, r, ForAuth, 401, matrix.MUnauthorized, fmt.Sprintf("fsbus: the signing key of %s could not be had: %s", r.Origin, text), 0)
+		m.turnAway(nil, r, ForAuth, 401, matrix.MUnauthorized, fmt.Sprintf("fsbus: the signing key of %s could not be had: %s", r.Origin, ev.Text), 0)
 	}
 }
 

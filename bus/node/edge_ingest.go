@@ -254,7 +254,7 @@ func (s *edgeShell) ingest(q *netx.EdgeRequest) {
 func (s *edgeShell) arrived(q *netx.EdgeRequest, c *caller) (a edge.Arrived, err error) {
 	cfg := s.n.cfg.Load()
 	a = edge.Arrived{
-		Req: edge.ReqID(q.ID), Peer: peerOf(q.Client, cfg.Edge.proxies()),
+		Req: edge.ReqID(q.ID), Peer: peerOf(q.Client, cfg.Edge.proxies()), Net: netOf(q.Client, cfg.Edge.proxies()),
 		Endpoint: c.endpoint, Class: c.endpoint.Class,
 		Received: s.n.clock.At(q.Received),
 	}
@@ -307,6 +307,18 @@ func peerOf(a netip.Addr, proxies []netip.Prefix) string {
 		}
 	}
 	return a.String()
+}
+
+// netOf returns the network of an address that has a peerOf, if its owner may have many.
+func netOf(a netip.Addr, proxies []netip.Prefix) string {
+	if peerOf(a, proxies) == "" || !a.Is6() {
+		return ""
+	}
+	p, err := a.Prefix(48)
+	if err != nil {
+		return ""
+	}
+	return p.String()
 }
 
 // checkJSON refuses a body that is no JSON object, or one that nobody should read.

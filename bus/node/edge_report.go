@@ -115,7 +115,7 @@ func (s *edgeShell) report(snap *edge.Snapshot, server netx.EdgeStats) *EdgeRepo
 		Answered: []CountReport{
 			{"replied", st.Replied}, {"replayed", st.Replayed}, {"from_pdus", st.FromPDUs}, {"empty", st.Empties}, {"gone", st.Gone},
 		},
-		Signatures: []CountReport{{"good", st.Verified}, {"forged", st.Forged}, {"no_key", st.NoKey}},
+		Signatures: []CountReport{{"good", st.Verified}, {"forged", st.Forged}, {"no_key", st.NoKey}, {"key_lacked", st.KeyLacked}},
 		Ways: []CountReport{
 			{"own_answer", s.counts.own.Load()}, {"unknown_path", s.counts.unknown.Load()}, {"malformed", s.counts.malformed.Load()},
 			{"client", s.counts.clients.Load()}, {"no_room_for_details", s.counts.busy.Load()}, {"passed_unverified", st.Passed},

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -403,6 +404,35 @@ func TestEdgeRefusesWhatIsNotAuthentic(t *testing.T) {
 	if e.Signatures[1].Count != 3 || e.Refused[0].Count != 1 {
 		t.Errorf("%+v", e)
 	}
+}
+
+// A key that the server, asked just now, does not have is not passed on to the homeserver as
+// one that could not be had.
+func TestEdgeRefusesAKeyThatItsServerDoesNotHave(t *testing.T) {
+	r := startEdge(t, "", config{})
+	key, err := matrix.NewSigningKey(bytes.Repeat([]byte{9}, 32), "bogus")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := string(r.world.Names()[0])
+	body := fmt.Sprintf(`{"edus":[],"origin":%q,"origin_server_ts":1,"pdus":[]}`, name)
+	x, err := matrix.SignRequest(key, name, "us.test", "PUT", "/_matrix/federation/v1/send/t1", []byte(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		s, b := r.send(r.withAuth(x.String(), "PUT", "/_matrix/federation/v1/send/t1", body))
+		if s != 401 || matrix.ErrorCode([]byte(b)) != "M_UNAUTHORIZED" || !strings.Contains(b, "does not have the key") {
+			t.Errorf("%d %s", s, b)
+		}
+	}
+	if len(r.home.seen) != 0 {
+		t.Errorf("the homeserver saw %v", r.home.seen)
+	}
+	if n := r.report().Edge.Signatures[3].Count; n != 2 {
+		t.Errorf("%d are counted", n)
+	}
+	r.sends(r.txn(0, "t2", pduNo(1), ""), 200, "") // with its own key
 }
 
 func TestEdgePassesWhatItHasNoKeyFor(t *testing.T) {

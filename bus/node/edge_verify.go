@@ -17,6 +17,7 @@ type verifyJob struct {
 	mayFetch bool // a key that is not at hand may be asked for
 	over     bool // that was tried
 	asked    bool // somebody was asked for it; else it was not fetched for want of time or room
+	answered bool // its server itself was, and has said what keys it has
 }
 
 // run checks the signatures and posts a verdict, or asks for a key first.
@@ -28,8 +29,8 @@ func (j verifyJob) run(s *edgeShell) {
 		return
 	}
 	if v.wish != nil && j.asked {
-		s.ring.none(j.c.auth.origin, v.wish.id)
-		v.Tried = true
+		s.ring.none(j.c.auth.origin, v.wish.id, j.answered)
+		v.Tried, v.Lacks = true, j.answered && !v.wish.newer && len(j.c.auth.signatures) == 1
 	}
 	v.Req = edge.ReqID(j.c.q.ID)
 	s.post(v.Verified)
@@ -72,7 +73,7 @@ func (s *edgeShell) fetched(e bus.KeyFetched) {
 	}
 	delete(s.wanted, e.For)
 	s.ring.forget(w.job.c.auth.origin, w.id)
-	w.job.over, w.job.asked = true, e.Asked
+	w.job.over, w.job.asked, w.job.answered = true, e.Asked, e.Answered
 	s.verifiers.Submit(w.job)
 }
 
@@ -93,8 +94,12 @@ func (s *edgeShell) verify(j verifyJob) verdict {
 		ringEntry
 	}
 	var known []signed
+	lacked := 0
 	for _, x := range j.c.auth.signatures {
-		key, looked, err := s.ring.find(origin, x.Key)
+		key, looked, lacks, err := s.ring.find(origin, x.Key)
+		if lacks {
+			lacked++
+		}
 		switch {
 		case err != nil:
 			return verdict{Verified: edge.Verified{Verdict: edge.NoKey, Text: "the keys could not be read: " + err.Error()}}
@@ -105,6 +110,7 @@ func (s *edgeShell) verify(j verifyJob) verdict {
 		}
 	}
 	if len(known) == 0 {
+		v.Lacks = lacked == len(j.c.auth.signatures)
 		return v
 	}
 	var body []byte

@@ -32,12 +32,18 @@ type keyring struct {
 
 	mu      sync.Mutex
 	known   map[ringKey]ringEntry
-	missing map[ringKey]time.Time // until when
+	missing map[ringKey]absence
 }
 
 type ringKey struct {
 	server matrix.ServerName
 	id     string
+}
+
+// absence is that a key could not be had.
+type absence struct {
+	until time.Time
+	lacks bool // its server itself says that it does not have it
 }
 
 // ringEntry is a key; with public nil it is none.
@@ -48,7 +54,7 @@ type ringEntry struct {
 }
 
 func newKeyring(n *Node) *keyring {
-	return &keyring{n: n, known: make(map[ringKey]ringEntry), missing: make(map[ringKey]time.Time)}
+	return &keyring{n: n, known: make(map[ringKey]ringEntry), missing: make(map[ringKey]absence)}
 }
 
 // notary notes whom the homeserver asks for keys, whose answers are in the store.
@@ -60,8 +66,9 @@ func (k *keyring) notary(name matrix.ServerName) {
 
 // find returns the key of a server with which it may sign a request at this
 // moment, none if there is none at hand and in the store; looked is true if that was
-// found out a moment ago, when the key was asked for as well.
-func (k *keyring) find(server matrix.ServerName, id string) (e ringEntry, looked bool, err error) {
+// found out a moment ago, when the key was asked for as well, and lacks if its server
+// itself answered and does not have it.
+func (k *keyring) find(server matrix.ServerName, id string) (e ringEntry, looked, lacks bool, err error) {
 	key, now := ringKey{server, id}, time.Now()
 	k.mu.Lock()
 	e, ok := k.known[key]
@@ -69,9 +76,9 @@ func (k *keyring) find(server matrix.ServerName, id string) (e ringEntry, looked
 	k.mu.Unlock()
 	switch {
 	case ok && now.Before(e.until):
-		return e, false, nil
-	case now.Before(missing):
-		return ringEntry{}, true, nil
+		return e, false, false, nil
+	case now.Before(missing.until):
+		return ringEntry{}, true, missing.lacks, nil
 	}
 	e, err = k.stored(server, id, now)
 	if e.public != nil {
@@ -80,7 +87,7 @@ func (k *keyring) find(server matrix.ServerName, id string) (e ringEntry, looked
 		makeRoom(k.known)
 		k.known[key] = e
 	}
-	return e, false, err
+	return e, false, false, err
 }
 
 // forget drops what is known of a key, since there may be news in the store.
@@ -90,12 +97,13 @@ func (k *keyring) forget(server matrix.ServerName, id string) {
 	delete(k.known, ringKey{server, id})
 }
 
-// none notes that a key could not be had, wherever it was asked for.
-func (k *keyring) none(server matrix.ServerName, id string) {
+// none notes that a key could not be had, wherever it was asked for, and whether its
+// server itself answered and does not have it.
+func (k *keyring) none(server matrix.ServerName, id string, lacks bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	makeRoom(k.missing)
-	k.missing[ringKey{server, id}] = time.Now().Add(ringMissing)
+	k.missing[ringKey{server, id}] = absence{time.Now().Add(ringMissing), lacks}
 }
 
 // makeRoom lets go of some of a full map, whichever come first: all of it can be

@@ -297,7 +297,7 @@ func (hs *homeserver) broke() {
 
 func (hs *homeserver) idle() bool {
 	for _, d := range hs.dests {
-		if d.flight != nil || len(d.waits) > 0 {
+		if (d.flight != nil || len(d.waits) > 0) && d.r.does != broken { // one that stays so may be full for ever
 			return false
 		}
 	}
