@@ -324,7 +324,7 @@ func TestEdgeHeader(t *testing.T) {
 	write(t, c, "GET /x HTTP/1.1\r\nHost: hs1.test\r\nauthorization: X-Matrix a\r\nConnection: close, x-listed\r\nX-Listed: 1\r\n"+
 		"AUTHORIZATION: X-Matrix b\r\nX-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Host: evil\r\nForwarded: for=1\r\n"+
 		"X-Real-IP: 1\r\nX_Forwarded_For: 2\r\nKeep-Alive: 5\r\nTE: trailers\r\nUpgrade: h2c\r\nProxy-Authorization: secret\r\nTrailer: x\r\n"+
-		"X!Odd: 1\r\nUser-Agent: t\xc3\xa9st\tx\r\nX-Folded: a\r\n  b\r\nAuthorization: X-Matrix c\r\nX-Empty:\r\n\r\n")
+		"X-Original-URL: /_synapse/admin\r\nX-Rewrite-URL: /a\r\nX-HTTP-Method-Override: DELETE\r\nx-method-override: PUT\r\nTrue-Client-IP: 1.1.1.1\r\nX!Odd: 1\r\nUser-Agent: t\xc3\xa9st\tx\r\nX-Folded: a\r\n  b\r\nAuthorization: X-Matrix c\r\nX-Empty:\r\n\r\n")
 	q := et.next()
 	want := map[string][]string{
 		"Authorization": {"X-Matrix a", "X-Matrix b", "X-Matrix c"},

@@ -39,7 +39,8 @@ type EdgeRequest struct {
 
 	// Header is what may be forwarded: the end-to-end fields, without Host and
 	// Expect, without what a proxy says about the client, which anybody can say
-	// (Forwarded, X-Forwarded-*, X-Real-Ip), and without names that hold anything
+	// (Forwarded, X-Forwarded-*, X-Real-Ip), without what asks to be taken for another
+	// request (X-Original-URL, X-HTTP-Method-Override), and without names that hold anything
 	// but letters, digits and hyphens, since software behind may take "_" for
 	// "-". Several Authorization fields, one for each signing key, stay several
 	// and in order.
@@ -242,12 +243,24 @@ func validHost(s string) bool {
 	return s != ""
 }
 
+// misleading are fields by which a request may pass for another one, or for one from
+// somewhere else, with software behind: it has another method, path or host then than the
+// one that was checked.
+var misleading = map[string]bool{
+	"X-Original-Url": true, "X-Original-Uri": true, "X-Original-Host": true, "X-Original-Method": true, "X-Original-Path": true,
+	"X-Rewrite-Url": true, "X-Rewrite-Uri": true, "X-Rewrite-Path": true, "X-Request-Uri": true,
+	"X-Http-Method-Override": true, "X-Http-Method": true, "X-Method-Override": true,
+	"X-Host": true, "X-Http-Host-Override": true, "X-Http-Path-Override": true, "X-Proxy-Url": true, "Proxy": true,
+	"Forwarded": true, "X-Real-Ip": true, "X-Client-Ip": true, "X-Cluster-Client-Ip": true, "X-Remote-Addr": true, "X-Remote-Ip": true,
+	"X-Originating-Ip": true, "X-Proxyuser-Ip": true, "Client-Ip": true, "True-Client-Ip": true, "Cf-Connecting-Ip": true, "Fastly-Client-Ip": true,
+}
+
 // forwardable returns a copy of what EdgeRequest.Header may hold of h.
 func forwardable(h http.Header) http.Header {
 	out := endToEnd(h)
 	for name := range out {
 		switch {
-		case name == "Host", name == "Expect", name == "Forwarded", name == "X-Real-Ip",
+		case name == "Host", name == "Expect", misleading[name],
 			strings.HasPrefix(name, "X-Forwarded-"), !plainName(name):
 			delete(out, name)
 		}

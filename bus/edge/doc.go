@@ -19,7 +19,8 @@
 //     comes for each Arrived, and one Discard for each Forward. Exactly one of Reply,
 //     Replay, Empty and Refuse comes for each Arrived, or its Gone went before.
 //  5. What the core cannot see is refused before Arrived: bodies over the endpoint's
-//     bound, bad JSON, malformed headers, a destination that is not ours, an origin
+//     bound, bad JSON, malformed headers, a path with dot segments or backslashes in any
+//     spelling, a destination that is not ours, an origin
 //     in a transaction that is not the header's, paths that do not exist. Who is
 //     denied may be, before the body is read: ACL says who is.
 //  6. The shell's own memory of verdicts and missing keys lasts 60 seconds at most

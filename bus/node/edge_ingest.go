@@ -60,6 +60,9 @@ func (s *edgeShell) maxBody(method, target string) int64 {
 // check answers what needs no body: what is refused, and what is known.
 func (s *edgeShell) check(q *netx.EdgeRequest) *netx.EdgeRefusal {
 	cfg := &s.n.cfg.Load().Edge
+	if matrix.CheckPath(q.Target) != nil {
+		return s.malformed(errPath)
+	}
 	ep := matrix.Match(q.Method, q.Target)
 	if ep.Name == "well_known" && cfg.WellKnown != "" {
 		s.counts.own.Add(1)
@@ -119,6 +122,7 @@ func (e *mistake) Error() string { return e.text }
 // http/servlet.py, federation/federation_server.py).
 var (
 	errHeader      = &mistake{http.StatusRequestHeaderFieldsTooLarge, matrix.MTooLarge, "The request has too many header fields, or too long ones"}
+	errPath        = &mistake{http.StatusBadRequest, matrix.MInvalidParam, "The path has dot segments or backslashes"}
 	errNoAuth      = &mistake{http.StatusUnauthorized, matrix.MUnauthorized, "Missing Authorization headers"}
 	errBadAuth     = &mistake{http.StatusBadRequest, matrix.MUnauthorized, "Malformed Authorization header"}
 	errOwn         = &mistake{http.StatusUnauthorized, matrix.MUnauthorized, "The origin is this server itself"}

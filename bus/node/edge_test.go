@@ -388,6 +388,9 @@ func TestEdgeRefusesWhatIsNotAuthentic(t *testing.T) {
 		{"two pdus", sign(0, name, "us.test", target, `{}`), target, fmt.Sprintf(`{"origin":%q,"pdus":[],"pdus":[]}`, name), 400, "M_BAD_JSON"},
 		{"51 PDUs", sign(0, name, "us.test", target, `{}`), target, fmt.Sprintf(`{"origin":%q,"pdus":[%s{}]}`, name, strings.Repeat("{},", 50)), 400, "M_UNKNOWN"},
 		{"no body", sign(0, name, "us.test", target, ``), target, ``, 400, "M_NOT_JSON"},
+		{"dot segments", sign(0, name, "us.test", "/_matrix/federation/v1/../../_synapse/admin", body), "/_matrix/federation/v1/../../_synapse/admin", body, 400, "M_INVALID_PARAM"},
+		{"encoded dot segments", sign(0, name, "us.test", "/_matrix/federation/v1/event/%2e%2e%2f", body), "/_matrix/federation/v1/event/%2e%2e%2f", body, 400, "M_INVALID_PARAM"},
+		{"dot segments, unsigned", "", "/_matrix/key/v2/server/..;/..;/_synapse", body, 400, "M_INVALID_PARAM"},
 		{"a path that is none", sign(0, name, "us.test", "/_matrix/nothing", body), "/_matrix/nothing", body, 404, "M_UNRECOGNIZED"},
 		{"a client's path", "", "/_matrix/client/v3/sync", body, 404, "M_UNRECOGNIZED"},
 		{"an unknown path, unsigned", "", "/_matrix/federation/v9/new", body, 404, "M_UNRECOGNIZED"},
@@ -587,6 +590,8 @@ func TestEdgePassesClientsIfItMay(t *testing.T) {
 	})
 	r.sends(r.withAuth("Bearer x", "POST", "/_matrix/client/v3/sync?since=%2F", `{"a":1}`), 418, "Bearer x/_matrix/client/v3/sync?since=%2F")
 	r.sends(r.withAuth("Bearer x", "GET", "/_synapse/admin/v1/users", ""), 404, "")
+	r.sends(r.withAuth("Bearer x", "GET", "/_matrix/client/v3/%2e%2e/%2e%2e/_synapse/admin/v1/users", ""), 400, "")
+	r.sends(r.withAuth("Bearer x", "GET", "/_matrix/client/..;/_synapse/admin/v1/users", ""), 400, "")
 	if n := len(r.home.seen); n != 1 {
 		t.Errorf("the homeserver saw %v", r.home.seen)
 	}
