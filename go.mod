@@ -3,6 +3,7 @@ module fsbus
 go 1.26.0
 
 require (
+	filippo.io/edwards25519 v1.2.0
 	github.com/BurntSushi/toml v1.6.0
 	golang.org/x/sys v0.49.0
 	golang.org/x/time v0.16.0

@@ -202,7 +202,7 @@ func (f *Front) readBody(in *Inbound, r *http.Request) error {
 		}
 	}
 	var err error
-	in.Body, in.Sum, err = f.receiver.receive(r.Body, limit, in.Received.Add(f.cfg.BodyTimeout))
+	in.Body, in.Sum, err = f.receiver.receive(r.Body, limit, bodyPace{in.Received, f.cfg.BodyTimeout, defaultBodyRate, defaultBodyTotal, in.conn.SetReadDeadline})
 	if err == refuseTime {
 		// The homeserver is slow, or this machine: Synapse would take any 4xx to
 		// /send for the destination's, and call that down.

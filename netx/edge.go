@@ -84,10 +84,12 @@ type EdgeConfig struct {
 	// that is not complete counts as idleness.
 	HeaderTimeout time.Duration
 
-	// BodyTimeout bounds the time from then until the body is complete. It
-	// includes waiting for a place among MaxReading, and for room in the spool.
-	// 0 means 30 s.
+	// BodyTimeout bounds the time from then until the body is complete, with a second more
+	// for each BodyRate bytes that have come, BodyTotal at most. It includes waiting for a
+	// place among MaxReading, and for room in the spool. 0 means 30 s, 4 KiB and 10 min.
 	BodyTimeout time.Duration
+	BodyRate    int64
+	BodyTotal   time.Duration
 
 	// IdleTimeout is how long a connection may be without a request. 0 means
 	// 90 s: longer than most clients keep one, since who closes first risks that
@@ -236,6 +238,8 @@ func NewEdge(c EdgeConfig) *Edge {
 	setDefault(&c.MaxRequests, defaultEdgeRequests)
 	setDefault(&c.HeaderTimeout, defaultHeaderTimeout)
 	setDefault(&c.BodyTimeout, defaultBodyTimeout)
+	setDefault(&c.BodyRate, defaultBodyRate)
+	setDefault(&c.BodyTotal, defaultBodyTotal)
 	setDefault(&c.IdleTimeout, defaultEdgeIdleTimeout)
 	setDefault(&c.StallTimeout, defaultStallTimeout)
 	setDefault(&c.MaxHeaderBytes, defaultMaxHeaderBytes)

@@ -344,7 +344,7 @@ func (q *EdgeRequest) readBody(r *http.Request) error {
 		io.Closer
 	}{io.MultiReader(bytes.NewReader(first), r.Body), r.Body}
 	var err error
-	q.Body, q.Sum, err = e.receiver.receive(src, q.maxBody(), deadline)
+	q.Body, q.Sum, err = e.receiver.receive(src, q.maxBody(), bodyPace{q.Received, e.cfg.BodyTimeout, e.cfg.BodyRate, e.cfg.BodyTotal, q.rc.SetReadDeadline})
 	if err != nil {
 		return q.bodyRefusal(r, err)
 	}

@@ -22,6 +22,8 @@ const (
 	defaultMaxReading           = 64               // about 48 KiB each: two buffers and a stack
 	defaultHeaderTimeout        = 10 * time.Second // the client is on this machine
 	defaultBodyTimeout          = 30 * time.Second // half of Synapse's 60 s
+	defaultBodyRate             = 4 << 10          // bytes a second: a poor mobile connection has ten times as much
+	defaultBodyTotal            = 10 * time.Minute
 	defaultStallTimeout         = 60 * time.Second // what Synapse itself allows for a body
 	defaultSweepInterval        = time.Second
 	defaultMaxHeaderBytes       = 16 << 10               // Synapse's are below 1 KiB
@@ -50,7 +52,8 @@ type FrontConfig struct {
 	// answer. 0 means 10 s.
 	HeaderTimeout time.Duration
 
-	// BodyTimeout bounds the time from then until the body is complete. It
+	// BodyTimeout bounds the time from then until the body is complete, with a second more
+	// for each 4 KiB that have come. It
 	// includes waiting for room in the spool. 0 means 30 s.
 	BodyTimeout time.Duration
 
@@ -198,7 +201,7 @@ func NewFront(c FrontConfig) *Front {
 	return f
 }
 
-func setDefault[T int | time.Duration](v *T, def T) {
+func setDefault[T int | int64 | time.Duration](v *T, def T) {
 	if *v <= 0 {
 		*v = def
 	}

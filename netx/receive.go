@@ -21,12 +21,33 @@ type receiver struct {
 	errorLog *rate.Sometimes
 }
 
+// bodyPace says until when a body must have come: some time after it began, and a second
+// more for each rate bytes of it, but for no longer than total. So a slow line gets a
+// large body through, and who sends next to nothing keeps its place for no longer than who
+// sends nothing.
+type bodyPace struct {
+	begun       time.Time
+	grace       time.Duration
+	rate        int64 // bytes a second; 0: no more time for what has come
+	total       time.Duration
+	setDeadline func(time.Time) error // of what is read from; nil: it has one that stays
+}
+
+// deadline returns until when the next bytes must come after n have.
+func (p *bodyPace) deadline(n int64) time.Time {
+	d := p.grace
+	if p.rate > 0 {
+		d = max(d, min(d+time.Duration(n/p.rate)*time.Second, p.total))
+	}
+	return p.begun.Add(d)
+}
+
 // receive reads src to its end, limit bytes at most, and returns the body,
 // complete, or nil if there is not one byte of it. sum is its SHA-256. The
 // error is a *refusal, or errCut; nothing is left in the spool then.
-func (rc *receiver) receive(src io.ReadCloser, limit int64, deadline time.Time) (body *Body, sum [sha256.Size]byte, err error) {
+func (rc *receiver) receive(src io.ReadCloser, limit int64, pace bodyPace) (body *Body, sum [sha256.Size]byte, err error) {
 	body, digest := rc.spool.New(), sha256.New()
-	err = rc.copy(body, digest, http.MaxBytesReader(nil, src, limit), deadline)
+	err = rc.copy(body, digest, http.MaxBytesReader(nil, src, limit), pace)
 	body.CloseWrite(err)
 	if err != nil || body.Size() == 0 { // size 0: chunked, without a chunk
 		body.Release()
@@ -36,14 +57,21 @@ func (rc *receiver) receive(src io.ReadCloser, limit int64, deadline time.Time) 
 	return body, sum, nil
 }
 
-func (rc *receiver) copy(body *Body, sum hash.Hash, src io.Reader, deadline time.Time) error {
+func (rc *receiver) copy(body *Body, sum hash.Hash, src io.Reader, pace bodyPace) error {
 	buf := getCopyBuf()
 	defer putCopyBuf(buf)
 	held := false // we have kept the client waiting
+	deadline := pace.deadline(0)
+	var all int64
 	for {
 		n, err := src.Read(buf[:])
 		if n > 0 {
 			sum.Write(buf[:n])
+			all += int64(n)
+			if next := pace.deadline(all); next.After(deadline) && pace.setDeadline != nil {
+				deadline = next
+				_ = pace.setDeadline(deadline) // one that is refused is found out by the next read
+			}
 			waited, err := rc.store(body, buf[:n], deadline)
 			if err != nil {
 				return err

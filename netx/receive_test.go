@@ -61,7 +61,7 @@ func TestReceiveSaysWhoWasSlow(t *testing.T) {
 					}
 					time.AfterFunc(tt.others, b.Release)
 				}
-				body, _, err := rc.receive(&stalling{[]string{"hello", "world"}, deadline}, 1000, deadline)
+				body, _, err := rc.receive(&stalling{[]string{"hello", "world"}, deadline}, 1000, bodyPace{begun: deadline, grace: 0})
 				if body != nil || err != error(tt.want) {
 					t.Errorf("%v, want %v", err, tt.want)
 				}
@@ -99,3 +99,72 @@ func TestFrontWasSlow(t *testing.T) {
 		t.Errorf("%d %s", res.StatusCode, body)
 	}
 }
+
+// A body has more time the more of it has come, as long as it comes at the least rate; one
+// that trickles has no more than one that does not come at all.
+func TestBodyPace(t *testing.T) {
+	begun := time.Unix(1e9, 0)
+	p := bodyPace{begun: begun, grace: 30 * time.Second, rate: 4 << 10, total: 10 * time.Minute}
+	for _, tt := range []struct {
+		n    int64
+		want time.Duration
+	}{
+		{0, 30 * time.Second},
+		{100, 30 * time.Second}, // three bytes a second, say
+		{4 << 10, 31 * time.Second},
+		{1 << 20, 30*time.Second + 256*time.Second},
+		{50 << 20, 10 * time.Minute},
+	} {
+		if got := p.deadline(tt.n).Sub(begun); got != tt.want {
+			t.Errorf("after %d bytes: %s, want %s", tt.n, got, tt.want)
+		}
+	}
+}
+
+// A large body over a line of 1 Mbit/s takes longer than BodyTimeout, and gets through.
+func TestSlowLineGetsALargeBodyThrough(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		rc := receiver{newTestSpool(t, SpoolConfig{Memory: 1 << 20, Disk: 20 << 20}), slog.New(slog.DiscardHandler), &rate.Sometimes{First: 1}}
+		line := &slowLine{left: 5 << 20, each: 12500, pause: 100 * time.Millisecond}
+		start := time.Now()
+		body, _, err := rc.receive(line, 50<<20, bodyPace{start, 30 * time.Second, defaultBodyRate, defaultBodyTotal, func(d time.Time) error { line.deadline = d; return nil }})
+		if err != nil || body.Size() != 5<<20 {
+			t.Fatalf("%v, %v", body, err)
+		}
+		if took := time.Since(start); took < 40*time.Second {
+			t.Errorf("it took %s", took)
+		}
+		body.Release()
+
+		line = &slowLine{left: 5 << 20, each: 1, pause: 300 * time.Millisecond, deadline: time.Now().Add(30 * time.Second)}
+		start = time.Now()
+		if _, _, err := rc.receive(line, 50<<20, bodyPace{start, 30 * time.Second, defaultBodyRate, defaultBodyTotal, func(d time.Time) error { line.deadline = d; return nil }}); err != error(refuseTime) {
+			t.Errorf("three bytes a second: %v", err)
+		}
+		if took := time.Since(start); took > 31*time.Second {
+			t.Errorf("three bytes a second kept their place for %s", took)
+		}
+	})
+}
+
+// slowLine is a connection that brings so many bytes at a time.
+type slowLine struct {
+	left, each int
+	pause      time.Duration
+	deadline   time.Time
+}
+
+func (l *slowLine) Read(p []byte) (int, error) {
+	time.Sleep(l.pause) // of the test's own clock
+	switch {
+	case !l.deadline.IsZero() && time.Now().After(l.deadline):
+		return 0, os.ErrDeadlineExceeded
+	case l.left == 0:
+		return 0, io.EOF
+	}
+	n := min(l.left, l.each, len(p))
+	l.left -= n
+	return n, nil
+}
+
+func (l *slowLine) Close() error { return nil }

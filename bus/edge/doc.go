@@ -26,6 +26,13 @@
 //  6. The shell's own memory of verdicts and missing keys lasts 60 seconds at most
 //     for what is not good.
 //
+// # What is refused
+//
+// What the homeserver would take passes, byte for byte. Refused is only what no homeserver
+// could take, or what would hurt the box; each such bound is a key of the configuration,
+// with what a Synapse takes as its default. What is needed for the record, or to merge, is
+// read with care, and where it cannot be read the request passes without that.
+//
 // # A request's way
 //
 // Origins that are denied are refused at once, then the signature is checked, with

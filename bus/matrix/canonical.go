@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"unicode/utf16"
 	"unicode/utf8"
 )
@@ -50,6 +51,9 @@ const (
 	// JSON"), which a transaction must be able to carry and sign. Since their
 	// sender wrote them the way it signed them, leaving them alone is right.
 	RawNumbers
+	// PythonNumbers writes each number as Python's json does after reading it, which is
+	// what a Synapse signs and verifies.
+	PythonNumbers
 )
 
 // CanonicalJSON returns the canonical form of one JSON value (appendices,
@@ -271,8 +275,15 @@ func (c *canonicalizer) number() error {
 	if text == nil {
 		return c.syntax("expected a value")
 	}
-	if c.numbers == RawNumbers {
+	switch c.numbers {
+	case RawNumbers:
 		c.dst = append(c.dst, text...)
+		return nil
+	case PythonNumbers:
+		var ok bool
+		if c.dst, ok = appendPythonNumber(c.dst, text, integer); !ok {
+			return fmt.Errorf("%w: at byte %d", ErrJSONNumber, c.pos)
+		}
 		return nil
 	}
 	if !integer || len(text) > 16 || string(text) == "-0" {
@@ -288,6 +299,33 @@ func (c *canonicalizer) number() error {
 	}
 	c.dst = append(c.dst, text...)
 	return nil
+}
+
+// appendPythonNumber appends a JSON number as Python writes it again: integers as they
+// are, all else as the shortest text that gives the same 64-bit float, with an exponent
+// from 1e16 on and below 1e-4 (float.__repr__).
+func appendPythonNumber(dst, text []byte, integer bool) ([]byte, bool) {
+	if integer {
+		if string(text) == "-0" {
+			text = text[1:]
+		}
+		return append(dst, text...), true
+	}
+	f, err := strconv.ParseFloat(string(text), 64)
+	if err != nil {
+		return dst, false // it is infinite, which is not JSON
+	}
+	e := strconv.AppendFloat(nil, f, 'e', -1, 64)
+	exponent, _ := strconv.Atoi(string(e[bytes.IndexByte(e, 'e')+1:]))
+	if exponent < -4 || exponent >= 16 {
+		return append(dst, e...), true
+	}
+	start := len(dst)
+	dst = strconv.AppendFloat(dst, f, 'f', -1, 64)
+	if bytes.IndexByte(dst[start:], '.') < 0 {
+		dst = append(dst, ".0"...)
+	}
+	return dst, true
 }
 
 // appendInteger appends the value of a JSON number, which may have a fraction

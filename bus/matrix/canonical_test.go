@@ -414,3 +414,21 @@ func BenchmarkCanonicalJSON(b *testing.B) {
 		})
 	}
 }
+
+// What Python 3.11 printed for json.dumps(json.loads(x)).
+func TestPythonNumbers(t *testing.T) {
+	for in, want := range map[string]string{
+		"1": "1", "-0": "0", "9007199254740993": "9007199254740993", "-18446744073709551616": "-18446744073709551616",
+		"1.7e12": "1700000000000.0", "1e3": "1000.0", "1.0": "1.0", "-0.0": "-0.0", "51.5": "51.5", "0.1": "0.1", "1E+2": "100.0",
+		"1e15": "1000000000000000.0", "1e16": "1e+16", "123456789012345678.0": "1.2345678901234568e+17", "1e-4": "0.0001", "1e-5": "1e-05",
+		"0.00001234": "1.234e-05", "1e22": "1e+22", "1.5e300": "1.5e+300", "2.5e-10": "2.5e-10", "5e-324": "5e-324",
+	} {
+		got, err := AppendCanonical(nil, []byte(`{"a":`+in+`}`), PythonNumbers)
+		if err != nil || string(got) != `{"a":`+want+`}` {
+			t.Errorf("%s: %s, %v; want %s", in, got, err, want)
+		}
+	}
+	if _, err := AppendCanonical(nil, []byte(`[1e999]`), PythonNumbers); !errors.Is(err, ErrJSONNumber) {
+		t.Errorf("an infinite number: %v", err)
+	}
+}

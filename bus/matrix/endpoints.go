@@ -424,7 +424,35 @@ var endpoints = fillIn([]Endpoint{
 var others = fillIn([]Endpoint{
 	{Name: "other_get", Method: "GET", Class: ClassLookup, CancelSafe: true, Repeat: true},
 	{Name: "other", Class: ClassLookup},
+	{Name: "other_get_unsigned", Method: "GET", Class: ClassLookup, CancelSafe: true, Repeat: true, Unsigned: true},
+	{Name: "other_unsigned", Class: ClassLookup, Unsigned: true},
 })
+
+// Unknown reports whether e is a row for requests that the table does not have.
+func (e *Endpoint) Unknown() bool { return e.Class == ClassLookup && len(e.Paths) == 0 }
+
+// WithoutSignature returns the row of a request that nobody has signed, for which Match
+// gave e: an Unknown one may be such a request.
+func (e *Endpoint) WithoutSignature() *Endpoint {
+	switch e {
+	case &others[0]:
+		return &others[2]
+	case &others[1]:
+		return &others[3]
+	}
+	return e
+}
+
+// Methods returns the methods for which the table has the path of a target, in its order;
+// none if it does not have the path.
+func Methods(target string) (methods []string) {
+	if n := node(target); n != nil {
+		for _, e := range n.rows {
+			methods = append(methods, e.Method)
+		}
+	}
+	return methods
+}
 
 // fillIn sets the limits that a row leaves to the default.
 func fillIn(rows []Endpoint) []Endpoint {
@@ -449,24 +477,12 @@ func fillIn(rows []Endpoint) []Endpoint {
 // gets the row "other_get" or "other"; the result is never nil. It points into the
 // table and is not to be changed.
 func Match(method, target string) *Endpoint {
-	path, _, _ := strings.Cut(target, "?")
-	rest, ok := strings.CutPrefix(strings.TrimSuffix(path, "/"), "/")
-	for n := &paths; ok; {
-		var segment string
-		var more bool
-		segment, rest, more = strings.Cut(rest, "/")
-		if n = n.next(segment); n == nil {
-			break
-		}
-		if more {
-			continue
-		}
+	if n := node(target); n != nil {
 		for _, e := range n.rows {
 			if e.Method == method {
 				return e
 			}
 		}
-		break
 	}
 	if method == "GET" {
 		return &others[0]
@@ -474,7 +490,24 @@ func Match(method, target string) *Endpoint {
 	return &others[1]
 }
 
-// All returns a copy of the table and of the two rows for unknown requests.
+// node returns where the path of a target ends in the index of the table, nil if it is not
+// there.
+func node(target string) *pathNode {
+	path, _, _ := strings.Cut(target, "?")
+	rest, ok := strings.CutPrefix(strings.TrimSuffix(path, "/"), "/")
+	n := &paths
+	for ok && n != nil {
+		var segment string
+		segment, rest, ok = strings.Cut(rest, "/")
+		n = n.next(segment)
+	}
+	if n == &paths {
+		return nil
+	}
+	return n
+}
+
+// All returns a copy of the table and of the rows for unknown requests.
 func All() []Endpoint {
 	rows := slices.Concat(endpoints, others)
 	for i := range rows {

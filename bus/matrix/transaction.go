@@ -10,8 +10,7 @@ import (
 )
 
 // How many of each a transaction may have (S2S "Transactions"); a Synapse answers
-// more with 400 (federation/federation_server.py). Its size in bytes is bounded
-// by MaxRequestBody.
+// more with 400 (federation/federation_server.py).
 const (
 	MaxPDUs = 50
 	MaxEDUs = 100
@@ -22,20 +21,17 @@ const (
 // nor one that is packed of the same elements.
 const elementDepth = 2
 
-// What ParseTransaction returns, wrapped, besides ErrServerName for the origin
-// and, with the offset, ErrJSONSyntax and ErrJSONComplex.
+// What ParseTransaction returns, wrapped, besides, with the offset, ErrJSONSyntax and
+// ErrJSONComplex.
 var (
 	// ErrTransaction: not an object, or a member of the wrong type or given twice.
 	ErrTransaction = errors.New("malformed transaction")
-	// ErrTransactionSize: more than MaxRequestBody bytes.
-	ErrTransactionSize = errors.New("transaction too large")
 	// ErrTooManyPDUs: more than MaxPDUs.
 	ErrTooManyPDUs = errors.New("too many PDUs in a transaction")
 	// ErrTooManyEDUs: more than MaxEDUs.
 	ErrTooManyEDUs = errors.New("too many EDUs in a transaction")
-	// ErrNoPDUs: no member pdus, which must be there even if it is empty.
-	ErrNoPDUs = errors.New("transaction without pdus")
-	// ErrNoOrigin: no member origin.
+	// ErrNoOrigin: no member origin, or one that is no server name. A Synapse goes by the
+	// header.
 	ErrNoOrigin = errors.New("transaction without origin")
 )
 
@@ -43,7 +39,7 @@ var (
 // no origin and is none.
 type Transaction struct {
 	Origin         ServerName
-	OriginServerTS int64 // when the origin began it, Unix time in milliseconds; 0 if it does not say
+	OriginServerTS int64 // when the origin began it, Unix time in milliseconds; 0 if it does not say so in a whole number
 	PDUs           []PDU
 	EDUs           []EDU
 }
@@ -86,17 +82,17 @@ type EDU struct {
 // of it and no copies, so body must not change while they are in use.
 //
 // An event or EDU with escapes in a member's name is taken for one without any
-// members that PDU or EDU show; real ones have none. The errors are listed above,
-// and quote no part of body.
+// members that PDU or EDU show; real ones have none. A transaction without pdus or edus has
+// none of them, as Synapse has it (federation/federation_server.py): some servers leave out
+// what is empty. The errors are listed above, and quote no part of body; with ErrNoOrigin the
+// rest of the transaction is there.
 func ParseTransaction(body []byte) (Transaction, error) {
-	if len(body) > MaxRequestBody {
-		return Transaction{}, fmt.Errorf("%w: %d bytes, at most %d", ErrTransactionSize, len(body), MaxRequestBody)
-	}
 	p := transactionParser{c: canonicalizer{jsonReader: jsonReader{src: body}, numbers: RawNumbers}}
-	if err := p.parse(); err != nil {
+	err := p.parse()
+	if err != nil && !errors.Is(err, ErrNoOrigin) {
 		return Transaction{}, err
 	}
-	return p.txn, nil
+	return p.txn, err
 }
 
 // transactionParser walks the transaction with the canonicalizer's reader, and
@@ -123,10 +119,7 @@ func (p *transactionParser) parse() error {
 	if r.space(); r.pos < len(r.src) {
 		return r.syntax("more after the transaction")
 	}
-	if !p.seen.pdus {
-		return ErrNoPDUs
-	}
-	if !p.seen.origin {
+	if p.txn.Origin == "" {
 		return ErrNoOrigin
 	}
 	return nil
@@ -164,31 +157,31 @@ func (p *transactionParser) member(name []byte) bool {
 		if !p.once(&p.seen.origin, "origin") {
 			return false
 		}
-		text, ok := r.plainString()
-		if !ok {
-			return p.fail(fmt.Errorf("%w: origin", ErrTransaction))
+		value, ok := p.value()
+		if name, err := ParseServerName(plainText(value)); err == nil {
+			p.txn.Origin = name
 		}
-		var err error
-		if p.txn.Origin, err = ParseServerName(string(text)); err != nil {
-			return p.fail(fmt.Errorf("transaction's origin: %w", err))
-		}
-		return true
+		return ok
 	case "origin_server_ts":
 		if !p.once(&p.seen.ts, "origin_server_ts") {
 			return false
 		}
-		text, _ := r.numberText()
-		var ok bool
-		if p.txn.OriginServerTS, ok = jsonInteger(text); !ok {
-			return p.fail(fmt.Errorf("%w: origin_server_ts", ErrTransaction))
-		}
-		return true
+		value, ok := p.value()
+		p.txn.OriginServerTS, _ = jsonInteger(value)
+		return ok
 	}
+	_, ok := p.value()
+	return ok
+}
+
+// value reads a value of the transaction itself, and returns it in canonical form, until
+// the next is read.
+func (p *transactionParser) value() ([]byte, bool) {
 	p.c.dst = p.c.dst[:0]
 	if err := p.c.value(elementDepth - 1); err != nil {
-		return p.fail(err)
+		return nil, p.fail(err)
 	}
-	return true
+	return p.c.dst, true
 }
 
 func (p *transactionParser) array(seen *bool, name string, each func() bool) bool {

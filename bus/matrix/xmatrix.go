@@ -242,12 +242,9 @@ var urlSafe = strings.NewReplacer("-", "+", "_", "/")
 // URL-safe base64 too, since Synapse and gomatrixserverlib take that. The error is
 // ErrSignature or wraps that or an error of AppendCanonical.
 func VerifyRequest(pub ed25519.PublicKey, x XMatrix, method, uri string, content []byte) error {
-	if !strings.HasPrefix(x.Key, keyAlgorithm+":") {
-		return fmt.Errorf("%w: unknown algorithm", ErrSignature)
-	}
-	sig, err := decodeBase64(urlSafe.Replace(x.Sig))
-	if err != nil || len(sig) != ed25519.SignatureSize || len(pub) != ed25519.PublicKeySize {
-		return fmt.Errorf("%w: not an ed25519 key and signature", ErrSignature)
+	sig, err := x.signature(pub)
+	if err != nil {
+		return err
 	}
 	msg, err := appendSignedRequest(nil, x.Origin, x.Destination, method, uri, content)
 	if err != nil {
@@ -257,6 +254,18 @@ func VerifyRequest(pub ed25519.PublicKey, x XMatrix, method, uri string, content
 		return ErrSignature
 	}
 	return nil
+}
+
+// signature returns the signature of x, of the size that pub needs.
+func (x *XMatrix) signature(pub ed25519.PublicKey) ([]byte, error) {
+	if !strings.HasPrefix(x.Key, keyAlgorithm+":") {
+		return nil, fmt.Errorf("%w: unknown algorithm", ErrSignature)
+	}
+	sig, err := decodeBase64(urlSafe.Replace(x.Sig))
+	if err != nil || len(sig) != ed25519.SignatureSize || len(pub) != ed25519.PublicKeySize {
+		return nil, fmt.Errorf("%w: not an ed25519 key and signature", ErrSignature)
+	}
+	return sig, nil
 }
 
 // appendSignedRequest appends the canonical JSON of the object that a request's

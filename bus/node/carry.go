@@ -95,8 +95,9 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 		return netx.FailureOf(err), explain(err)
 	}
 	defer resp.Body.Close()
-	if resp.ContentLength > ep.MaxResponse {
-		return matrix.FailTooLarge, fmt.Sprintf("%d bytes, %d are allowed", resp.ContentLength, ep.MaxResponse)
+	most := n.cfg.Load().maxAnswer(ep)
+	if resp.ContentLength > most {
+		return matrix.FailTooLarge, fmt.Sprintf("%d bytes, %d are allowed", resp.ContentLength, most)
 	}
 	a.status, a.header, a.size = resp.StatusCode, resp.Header, resp.ContentLength
 
@@ -109,7 +110,7 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 		answered.Code = matrix.ErrorCode(begin)
 		n.loop.Post(event{Event: answered})
 		if err == nil {
-			err = fill(a.body, begin, resp.Body, ep.MaxResponse, nil)
+			err = fill(a.body, begin, resp.Body, most, nil)
 		}
 	case resp.StatusCode == http.StatusTooManyRequests:
 		var begin []byte
@@ -117,12 +118,12 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 		answered.RetryAfter, _ = matrix.ParseRetryAfter(resp.Header.Get("Retry-After"), begin, time.Now())
 		n.loop.Post(event{Event: answered})
 		if err == nil {
-			err = fill(a.body, begin, resp.Body, ep.MaxResponse, nil)
+			err = fill(a.body, begin, resp.Body, most, nil)
 		}
 	case resp.ContentLength >= 0 && resp.ContentLength <= wholeAtOnce:
 		// It comes with the header, or right behind it: the loop and a replier
 		// then have to be woken only once.
-		err = fill(a.body, nil, resp.Body, ep.MaxResponse, nil)
+		err = fill(a.body, nil, resp.Body, most, nil)
 		if err == nil || a.body.Size() > 0 {
 			a.whole = &answered // else there is nothing to pass on, and it failed
 		}
@@ -134,7 +135,7 @@ func (n *Node) exchange(a *attempt) (failure matrix.Failure, detail string) {
 				n.loop.Post(event{Event: bus.Progress{Op: a.op, Size: size}})
 			}}
 		}
-		err = fill(a.body, nil, rest, ep.MaxResponse, nil)
+		err = fill(a.body, nil, rest, most, nil)
 	}
 	if err == nil {
 		return matrix.FailNone, ""

@@ -107,6 +107,9 @@ type FrontConfig struct {
 	// homeserver sends to all servers of its rooms at once. Each costs 2.5 KiB
 	// and a file descriptor.
 	MaxConnections int `toml:"max_connections" range:"16..100000" fit:"400"`
+	// MaxBody is the size of the largest body that is taken, on disk. Default 50 MiB,
+	// which no Synapse exceeds. A transaction over 12.5 MiB is carried through as it is.
+	MaxBody sched.Bytes `toml:"max_body" range:"13MiB..4GiB" reload:"yes"`
 	// MaxReading is how many of them are being read at a time. Default 24.
 	// Each costs 50 KiB.
 	MaxReading int `toml:"max_reading" range:"16..1024" fit:"16"`
@@ -239,8 +242,21 @@ type JoinsConfig struct {
 	Preflight int `toml:"preflight" range:"0..1000" reload:"yes"`
 }
 
-// MediaConfig says what is kept of media of other servers.
+// maxAnswer returns how large an answer of an endpoint may be, in bytes. What is fixed in a
+// Synapse is fixed here; the size of media is an admin's to choose (max_upload_size).
+func (c *Config) maxAnswer(ep *matrix.Endpoint) int64 {
+	if ep.Kind == matrix.AnswerMedia {
+		return int64(min(c.Media.MaxSize, c.Outbound.SpoolDisk/2))
+	}
+	return ep.MaxResponse
+}
+
+// MediaConfig says what is kept of media of other servers, and how large it may be.
 type MediaConfig struct {
+	// MaxSize is the size of the largest file that is passed on, of another server's to the
+	// homeserver and of the homeserver's to another server, on disk, where half of
+	// Outbound.SpoolDisk is the most in any case. Default 500 MiB.
+	MaxSize sched.Bytes `toml:"max_size" range:"1MiB..1024GiB" reload:"yes"`
 	// CacheDisk is how much of Outbound.SpoolDisk downloads and thumbnails take
 	// for further requests. Default 0: none are kept, since homeservers keep them
 	// themselves. Together with Joins.KeepDisk it is at most Outbound.SpoolDisk.
@@ -360,6 +376,7 @@ func DefaultConfig() Config {
 			Listen:         []string{"unix:/run/fsbus/fsbus.sock"},
 			SocketMode:     0o660,
 			MaxConnections: int(core.MaxRequests),
+			MaxBody:        50 * sched.MiB,
 			MaxReading:     24,
 		},
 		Outbound: OutboundConfig{
@@ -400,7 +417,7 @@ func DefaultConfig() Config {
 			PrefetchKeys: true,
 			Preflight:    int(core.Preflight),
 		},
-		Media:  MediaConfig{CacheDisk: core.MediaBytes, CacheFor: Duration(core.MediaFor)},
+		Media:  MediaConfig{MaxSize: 500 * sched.MiB, CacheDisk: core.MediaBytes, CacheFor: Duration(core.MediaFor)},
 		Outbox: defaultOutbox(),
 		Edge:   defaultEdge(),
 		Federation: FederationConfig{

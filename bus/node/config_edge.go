@@ -52,11 +52,14 @@ type EdgeConfig struct {
 	// costs 48 KiB.
 	MaxReading int `toml:"max_reading" range:"4..1024" fit:"4"`
 	// HeaderTimeout bounds a TLS handshake, and the head of a request, BodyTimeout
-	// its body. Defaults 10 s and 30 s. IdleTimeout is how long a connection stays
-	// open without a request. Default 90 s.
-	HeaderTimeout Duration `toml:"header_timeout" range:"1s..1m"`
-	BodyTimeout   Duration `toml:"body_timeout" range:"1s..5m"`
-	IdleTimeout   Duration `toml:"idle_timeout" range:"1s..1h"`
+	// its body. Defaults 10 s and 30 s. A body has a second more for each BodyRate bytes
+	// that have come, but no more than BodyTotal: defaults 4 KiB and 10 min. IdleTimeout
+	// is how long a connection stays open without a request. Default 90 s.
+	HeaderTimeout Duration    `toml:"header_timeout" range:"1s..1m"`
+	BodyTimeout   Duration    `toml:"body_timeout" range:"1s..5m"`
+	BodyRate      sched.Bytes `toml:"body_rate" range:"256..1GiB"`
+	BodyTotal     Duration    `toml:"body_total" range:"1s..24h"`
+	IdleTimeout   Duration    `toml:"idle_timeout" range:"1s..1h"`
 
 	// Deny and Allow are patterns of server names, without port, as in a server ACL
 	// of a room: * is any text, ? one character. Deny goes first. Default none: all
@@ -83,10 +86,14 @@ type EdgeConfig struct {
 	Requests        int         `toml:"requests" range:"8..100000" fit:"64"`
 	RequestBytes    sched.Bytes `toml:"request_bytes" range:"13MiB..16GiB"`
 	SpoolMemory     sched.Bytes `toml:"spool_memory" range:"0..1GiB" fit:"128KiB"`
-	// CheckedBody is the size of the largest body whose signature is checked here,
-	// which takes twice as much memory. A larger one goes on to the homeserver as if
-	// its key could not be had; with NoKey "refuse" it is refused. Default 12.5 MiB,
-	// which is the largest that there is.
+	// MaxBody is the size of the largest body that is taken, on disk, of a server and,
+	// with PassClient, of a client. Default 50 MiB, which is what a Synapse takes by
+	// default (max_upload_size). UnverifiedBytes and RequestBytes are no less.
+	MaxBody sched.Bytes `toml:"max_body" range:"1MiB..4GiB"`
+	// CheckedBody is the size of the largest body that is looked into, which takes twice
+	// as much memory. Of a larger one the signature is checked as it is read, if it is
+	// canonical JSON; else it goes on to the homeserver as if its key could not be had, or
+	// is refused with NoKey "refuse". Default 12.5 MiB.
 	CheckedBody sched.Bytes `toml:"checked_body" range:"1MiB..12800KiB" fit:"4MiB"`
 	// Origins is how many servers are remembered, more than Requests, Concurrency,
 	// Parallel and 256 together. Default 2000, or what these need. Each costs 400 bytes.
@@ -143,6 +150,8 @@ func defaultEdge() EdgeConfig {
 		MaxReading:       16,
 		HeaderTimeout:    Duration(10 * time.Second),
 		BodyTimeout:      Duration(30 * time.Second),
+		BodyRate:         4 * sched.KiB,
+		BodyTotal:        Duration(10 * time.Minute),
 		IdleTimeout:      Duration(90 * time.Second),
 		Deny:             []string{},
 		Allow:            []string{},
@@ -156,6 +165,7 @@ func defaultEdge() EdgeConfig {
 		RequestBytes:     e.Bytes,
 		SpoolMemory:      sched.MiB,
 		CheckedBody:      matrix.MaxRequestBody,
+		MaxBody:          50 * sched.MiB,
 		Origins:          int(e.Origins),
 		Concurrency:      int(e.Concurrency),
 		Parallel:         int(e.Parallel),
@@ -247,6 +257,14 @@ func (k *checker) edge(numbersFine bool) {
 	if c.WellKnown != "" {
 		if _, err := matrix.ParseServerName(c.WellKnown); err != nil {
 			k.bad("edge.well_known", "is "+quote(c.WellKnown)+": "+clean(err.Error()), `a server name, with its port if that is not 8448, such as well_known = "matrix.example.org:443"`)
+		}
+	}
+	for _, held := range []struct {
+		key   string
+		bytes sched.Bytes
+	}{{"edge.unverified_bytes", c.UnverifiedBytes}, {"edge.request_bytes", c.RequestBytes}} {
+		if numbersFine && held.bytes < c.MaxBody {
+			k.bad(held.key, "is "+held.bytes.String()+", but edge.max_body is "+c.MaxBody.String(), "at least that, as one request must fit")
 		}
 	}
 	if numbersFine && !k.reported("edge.no_key") && !k.reported("edge.ephemeral") {

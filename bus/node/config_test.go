@@ -141,6 +141,7 @@ drain_timeout = "1m30s"
 homeserver.server_name = "Example.ORG:8448"
 homeserver.signing_key_path = "signing.key"
 [front]
+max_body = "20MiB"
 listen = ["unix:s/fsbus.sock", "unix:/run/x.sock", "[::1]:8009", "localhost:0", "10.0.0.1:8009"]
 secret = "another secret"
 socket_mode = "0666"
@@ -188,6 +189,7 @@ prefetch_keys = false
 preflight = 0
 [media]
 cache_disk = "1GiB"
+max_size = "30MiB"
 cache_for = "1h"
 [outbox]
 ack_pace = 40
@@ -225,6 +227,8 @@ max_connections_per_address = 4
 max_reading = 8
 header_timeout = "5s"
 body_timeout = "20s"
+body_rate = "8KiB"
+body_total = "5m"
 idle_timeout = "1m"
 deny = ["*.evil.test"]
 allow = ["*.test"]
@@ -237,6 +241,7 @@ unverified_bytes = "16MiB"
 requests = 128
 request_bytes = "16MiB"
 spool_memory = "512KiB"
+max_body = "14MiB"
 checked_body = "4MiB"
 origins = 1000
 concurrency = 2

@@ -72,7 +72,7 @@ type caller struct {
 	found    []byte   // what its Look found
 	acked    []string // the events of its PDUs, as far as they are known
 
-	unchecked bool // its body is too large to be looked into
+	unchecked bool // its body is too large to be in memory, and not looked into
 	ended     bool
 	freed     bool
 	authentic bool // its signature has been checked; the loop's goroutine writes it
@@ -142,7 +142,7 @@ func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
 	s.server = netx.NewEdge(netx.EdgeConfig{
 		TLS: s.certs, TrustedProxies: e.proxies(),
 		MaxConns: e.MaxConnections, MaxConnsPerAddr: e.MaxConnectionsPerAddress, MaxReading: e.MaxReading, MaxRequests: held,
-		HeaderTimeout: time.Duration(e.HeaderTimeout), BodyTimeout: time.Duration(e.BodyTimeout), IdleTimeout: time.Duration(e.IdleTimeout),
+		HeaderTimeout: time.Duration(e.HeaderTimeout), BodyTimeout: time.Duration(e.BodyTimeout), BodyRate: int64(e.BodyRate), BodyTotal: time.Duration(e.BodyTotal), IdleTimeout: time.Duration(e.IdleTimeout),
 		MaxBody: s.maxBody, Spool: s.spool, Logger: n.log,
 		Check: s.check, Handle: s.ingest, Gone: s.gone,
 	})
@@ -166,7 +166,7 @@ func (s *edgeShell) start(cfg *Config) {
 func (c *Config) edgeDisk() int64 {
 	n := int64(c.Edge.RequestBytes) + int64(c.Edge.UnverifiedBytes)
 	if c.Edge.PassClient {
-		n += clientDisk
+		n += max(clientDisk, 4*int64(c.Edge.MaxBody))
 	}
 	return n
 }

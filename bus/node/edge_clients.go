@@ -15,10 +15,9 @@ const (
 	// clientRequests is how many requests of clients are passed on at a time. Most of
 	// them wait for news.
 	clientRequests = 64
-	// maxClientBody bounds the body of a client's request, in bytes, and clientDisk
-	// what all of them may have on disk. The homeserver has its own bound for uploads.
-	maxClientBody = 50 << 20
-	clientDisk    = 256 << 20
+	// clientDisk is what all bodies of clients' requests may have on disk, in bytes, if
+	// that is enough for a few.
+	clientDisk = 256 << 20
 	// clientPatience bounds a client's request: it is longer than any long poll.
 	clientPatience = 5 * time.Minute
 )

@@ -134,7 +134,7 @@ func (s *edgeShell) exchange(r *relay) (done edge.Done) {
 		return s.unforwarded(err)
 	}
 	defer resp.Body.Close()
-	limit := r.c.endpoint.MaxResponse
+	limit := s.n.cfg.Load().maxAnswer(r.c.endpoint)
 	if resp.ContentLength > limit {
 		return edge.Done{Failure: matrix.FailTooLarge, Detail: errAnswerTooLarge.Error()}
 	}

@@ -28,15 +28,15 @@ const (
 
 // placeOf returns where a path belongs, by its row of the endpoint table if it has
 // one. Paths that the table does not know may be newer than it is: those of
-// federation and keys are the homeserver's to refuse, if somebody signs for them.
+// federation, keys and policy servers are the homeserver's to refuse.
 func placeOf(ep *matrix.Endpoint, target string) place {
-	known := ep.Name != "other" && ep.Name != "other_get"
+	known := !ep.Unknown()
 	switch {
 	case ep.Name == "well_known":
 		return toNobody // it is answered by the bus, if it is configured
 	case !known && strings.HasPrefix(target, sendPrefix):
 		return toNobody // a transaction without an id, which could not be told from another
-	case known, strings.HasPrefix(target, "/_matrix/federation/"), strings.HasPrefix(target, "/_matrix/key/"):
+	case known, strings.HasPrefix(target, "/_matrix/federation/"), strings.HasPrefix(target, "/_matrix/key/"), strings.HasPrefix(target, "/_matrix/policy/"):
 		return toCore
 	case strings.HasPrefix(target, "/_matrix/client/"), target == "/_matrix/client", strings.HasPrefix(target, "/_matrix/media/"),
 		strings.HasPrefix(target, "/_synapse/client/"), target == "/.well-known/matrix/client":
@@ -49,12 +49,25 @@ func placeOf(ep *matrix.Endpoint, target string) place {
 func (s *edgeShell) maxBody(method, target string) int64 {
 	ep := matrix.Match(method, target)
 	if placeOf(ep, target) == toHomeserver {
-		return maxClientBody
+		return int64(s.n.cfg.Load().Edge.MaxBody)
 	}
-	if cfg := &s.n.cfg.Load().Edge; ep.Unsigned || cfg.NoKey == edge.RefuseNoKey.String() {
+	cfg := &s.n.cfg.Load().Edge
+	if ep.Unsigned { // what nobody has signed is small
 		return min(ep.MaxRequest, int64(cfg.CheckedBody))
 	}
+	if ep.MaxRequest == matrix.MaxRequestBody {
+		return int64(cfg.MaxBody)
+	}
 	return ep.MaxRequest
+}
+
+// row returns the row of the endpoint table of a request.
+func row(q *netx.EdgeRequest) *matrix.Endpoint {
+	ep := matrix.Match(q.Method, q.Target)
+	if len(q.Header["Authorization"]) == 0 {
+		return ep.WithoutSignature()
+	}
+	return ep
 }
 
 // check answers what needs no body: what is refused, and what is known.
@@ -63,7 +76,7 @@ func (s *edgeShell) check(q *netx.EdgeRequest) *netx.EdgeRefusal {
 	if matrix.CheckPath(q.Target) != nil {
 		return s.malformed(errPath)
 	}
-	ep := matrix.Match(q.Method, q.Target)
+	ep := row(q)
 	if ep.Name == "well_known" && cfg.WellKnown != "" {
 		s.counts.own.Add(1)
 		return &netx.EdgeRefusal{Status: http.StatusOK, Body: fmt.Appendf(nil, `{"m.server":%s}`, matrix.AppendString(nil, cfg.WellKnown))}
@@ -80,15 +93,16 @@ func (s *edgeShell) check(q *netx.EdgeRequest) *netx.EdgeRefusal {
 	if headerSize(q.Header) > maxHeader {
 		return s.malformed(errHeader)
 	}
+	if methods := matrix.Methods(q.Target); len(methods) > 0 && ep.Unknown() && q.Method != http.MethodHead && q.Method != http.MethodOptions {
+		s.counts.unknown.Add(1)
+		return &netx.EdgeRefusal{Status: http.StatusMethodNotAllowed, Errcode: matrix.MUnrecognized, Message: "Unrecognized request", Header: http.Header{"Allow": {strings.Join(methods, ", ")}}}
+	}
 	if body, ok := s.own.get(ep, q.Target); ok {
 		s.counts.own.Add(1)
 		return &netx.EdgeRefusal{Status: http.StatusOK, Body: body}
 	}
 	if ep.Unsigned {
 		return nil
-	}
-	if strings.HasPrefix(ep.Name, "other") && len(q.Header["Authorization"]) == 0 {
-		return s.unknownPath() // as the homeserver answers it, without asking it
 	}
 	a, err := readAuth(q.Header, s.n.cfg.Load().Homeserver.ServerName)
 	if err != nil {
@@ -130,7 +144,6 @@ var (
 	errNoContent   = &mistake{http.StatusBadRequest, matrix.MNotJSON, "Content not JSON."}
 	errNoObject    = &mistake{http.StatusBadRequest, matrix.MBadJSON, "Content must be a JSON object."}
 	errTooMuch     = &mistake{http.StatusBadRequest, matrix.MUnknown, fmt.Sprintf("A transaction has at most %d PDUs and %d EDUs", matrix.MaxPDUs, matrix.MaxEDUs)}
-	errOrigin      = &mistake{http.StatusBadRequest, matrix.MBadJSON, "The transaction's origin is not the server that sends it"}
 	errTxnID       = &mistake{http.StatusBadRequest, matrix.MInvalidParam, fmt.Sprintf("The transaction's id is empty, or longer than %d bytes", store.MaxTxnID)}
 	errTransaction = &mistake{http.StatusBadRequest, matrix.MBadJSON, "This is no transaction"}
 )
@@ -210,7 +223,7 @@ func (a *auth) keyIDs() []string {
 
 // ingest hands a request to the core. It runs on the request's goroutine.
 func (s *edgeShell) ingest(q *netx.EdgeRequest) {
-	ep := matrix.Match(q.Method, q.Target)
+	ep := row(q)
 	if placeOf(ep, q.Target) == toHomeserver {
 		s.counts.clients.Add(1)
 		if !s.clients.take(q) {
@@ -271,13 +284,14 @@ func (s *edgeShell) arrived(q *netx.EdgeRequest, c *caller) (a edge.Arrived, err
 	}
 	a.Key = edge.Key(keyOf(a.Origin, q.Method, q.Target, q.Sum))
 	switch {
-	case q.Size > int64(cfg.Edge.CheckedBody):
-		c.unchecked = true
 	case c.endpoint.Name == "send":
+		c.unchecked = q.Size > int64(cfg.Edge.CheckedBody)
 		if a.Txn, err = s.transaction(c, a); err != nil {
 			return a, err
 		}
 		c.txn = a.Txn
+	case q.Size > int64(cfg.Edge.CheckedBody):
+		c.unchecked = true
 	case hasContent(q.Method):
 		if err := s.checkJSON(q); err != nil {
 			return a, err
@@ -356,6 +370,8 @@ func (s *edgeShell) transaction(c *caller, a edge.Arrived) (*edge.Txn, error) {
 		return nil, errTxnID
 	case q.Body == nil:
 		return nil, errNoContent
+	case c.unchecked: // it is too large to be taken apart
+		return &edge.Txn{ID: strings.Clone(id), BodyHash: edge.Hash(q.Sum)}, nil
 	}
 	body, done, err := s.bulk.whole(q.Body, q.Size)
 	defer done()
@@ -364,9 +380,7 @@ func (s *edgeShell) transaction(c *caller, a edge.Arrived) (*edge.Txn, error) {
 	}
 	txn, err := matrix.ParseTransaction(body)
 	switch {
-	case err == nil && txn.Origin != a.Origin:
-		return nil, errOrigin
-	case err == nil, errors.Is(err, matrix.ErrNoOrigin): // a Synapse goes by the header
+	case err == nil, errors.Is(err, matrix.ErrNoOrigin): // a Synapse goes by the header, whatever it says
 	case errors.Is(err, matrix.ErrTooManyPDUs), errors.Is(err, matrix.ErrTooManyEDUs):
 		return nil, errTooMuch
 	case errors.Is(err, matrix.ErrJSONSyntax), errors.Is(err, matrix.ErrJSONComplex):

@@ -297,8 +297,13 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 	}
 	n.front = netx.NewFront(netx.FrontConfig{
 		Secret: cfg.Front.secret, MaxConns: int(cfg.Front.MaxConnections), MaxReading: int(cfg.Front.MaxReading),
-		MaxBody: func(method, target string) int64 { return matrix.Match(method, target).MaxRequest },
-		Spool:   n.spool, Logger: log, Handle: n.ingest, Gone: n.gone,
+		MaxBody: func(method, target string) int64 {
+			if ep := matrix.Match(method, target); ep.MaxRequest != matrix.MaxRequestBody {
+				return ep.MaxRequest
+			}
+			return int64(n.cfg.Load().Front.MaxBody)
+		},
+		Spool: n.spool, Logger: log, Handle: n.ingest, Gone: n.gone,
 	})
 	var seed [32]byte
 	rand.Read(seed[:])

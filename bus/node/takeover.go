@@ -71,6 +71,9 @@ func (t *takeover) take(in *netx.Inbound) (ev bus.Offered, name string, err erro
 	if !ok || id == "" || len(id) > maxTxnID || strings.ContainsAny(id, "/?") || in.Body == nil {
 		return ev, "", fmt.Errorf("%w: an unusual target, or no body", errNotTaken)
 	}
+	if in.Size > matrix.MaxRequestBody {
+		return ev, "", fmt.Errorf("%w: %d bytes are too many to be taken apart", errNotTaken, in.Size)
+	}
 	body, done, err := t.bulk.whole(in.Body, in.Size)
 	defer done()
 	if err != nil {
