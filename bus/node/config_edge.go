@@ -57,7 +57,7 @@ type EdgeConfig struct {
 	// is how long a connection stays open without a request. Default 90 s.
 	HeaderTimeout Duration    `toml:"header_timeout" range:"1s..1m"`
 	BodyTimeout   Duration    `toml:"body_timeout" range:"1s..5m"`
-	BodyRate      sched.Bytes `toml:"body_rate" range:"256..1GiB"`
+	BodyRate      sched.Bytes `toml:"body_rate" range:"256B..1GiB"`
 	BodyTotal     Duration    `toml:"body_total" range:"1s..24h"`
 	IdleTimeout   Duration    `toml:"idle_timeout" range:"1s..1h"`
 

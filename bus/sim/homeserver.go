@@ -234,6 +234,9 @@ func (hs *homeserver) send(d *hsDest) {
 
 // again makes the next attempt later, with the same id.
 func (hs *homeserver) again(d *hsDest, t *hsTxn) {
+	if hs.w.out.finished {
+		return // what is left is for servers that take nothing, and nobody listens any more
+	}
 	w := hs.w
 	most := min(time.Second<<min(t.tries, 10), time.Minute)
 	w.future.Set(w.now.Add(w.between(most/2, most)), func() {
