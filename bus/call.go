@@ -172,7 +172,7 @@ func (m *Machine) turnsAway(a Arrived) (no Refuse, ok bool) {
 	case h == nil:
 	case h.backingOff(m.now) && !m.urgent(a, h), a.Class != matrix.ClassJoin && (h.hanging(m.now) || h.quietUntil > m.now):
 		return Refuse{Status: 502, Code: matrix.MUnknown, Text: h.why(m.now)}, true
-	case h.pausedUntil > deadline(a):
+	case h.pausedUntil > m.deadline(a):
 		wait := h.pausedUntil.Sub(m.now)
 		return Refuse{Status: 429, Code: matrix.MLimitExceeded, RetryAfter: wait.Milliseconds(),
 			Text: fmt.Sprintf("fsbus: %s asked to be left alone for another %s", h.Name, round(wait))}, true
@@ -185,7 +185,7 @@ func (m *Machine) turnsAway(a Arrived) (no Refuse, ok bool) {
 
 func (m *Machine) wait(c *call, a Arrived, field string) {
 	c.tries++
-	r := &request{id: a.Req, call: c, deadline: deadline(a), field: field, try: c.tries}
+	r := &request{id: a.Req, call: c, deadline: m.deadline(a), field: field, try: c.tries}
 	if c.endpoint.RunOn > 0 {
 		m.timers.Stop(c.expire)
 		c.expire = nil

@@ -11,6 +11,9 @@ import (
 // Config bounds what the core may do. The zero value allows nothing; start
 // from Default.
 type Config struct {
+	// ClientTimeout is how long a remote has to answer a transaction, or a request for which
+	// the homeserver has no time of its own: its client_timeout.
+	ClientTimeout time.Duration
 	// Workers is how many attempts may run at a time, all hosts together.
 	Workers sched.Slots
 	// Unknown is how many of them may go to hosts that have not yet answered,
@@ -71,6 +74,7 @@ type Config struct {
 // Default returns the limits that suit a board with four small cores.
 func Default() Config {
 	return Config{
+		ClientTimeout:   matrix.DefaultTimeout,
 		Workers:         100,
 		Unknown:         72,
 		Failing:         16,
@@ -119,6 +123,8 @@ func (c Config) Validate() error {
 		return fmt.Errorf("host_concurrency is %d, at least 1 is needed", c.HostConcurrency)
 	case !(c.HostRate > 0):
 		return fmt.Errorf("host_rate is %v, it must be above 0", c.HostRate)
+	case c.ClientTimeout < 10*time.Second:
+		return fmt.Errorf("client_timeout is %s, at least 10s are needed", c.ClientTimeout)
 	case c.HostBurst < 1:
 		return fmt.Errorf("host_burst is %d, at least 1 is needed", c.HostBurst)
 	case c.MaxRequests < 1:
@@ -248,7 +254,10 @@ var quietBackoff = sched.Backoff{First: 10 * time.Second, Factor: 2, Cap: 10 * t
 const maxBackoff = time.Hour
 
 // deadline returns when the bus must have answered a request.
-func deadline(a Arrived) sched.Time {
+func (m *Machine) deadline(a Arrived) sched.Time {
 	t := a.Endpoint.Timeout
+	if t == matrix.DefaultTimeout {
+		t = m.cfg.ClientTimeout
+	}
 	return a.Received.Add(t - min(maxMargin, t/20))
 }

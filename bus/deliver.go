@@ -82,7 +82,7 @@ func (m *Machine) packed(ev Packed) {
 	} else {
 		q.forgive() // whatever was refused, it was not this
 	}
-	c.expire = m.timers.Set(m.now.Add(deliveryTimeout), timer{call: c, expire: true})
+	c.expire = m.timers.Set(m.now.Add(m.cfg.ClientTimeout), timer{call: c, expire: true})
 	m.transmit(c)
 }
 

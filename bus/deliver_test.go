@@ -278,7 +278,7 @@ func TestDeliveryIsGivenUpAfterAMinute(t *testing.T) {
 	r.pass(time.Second)
 	s := r.packs()
 	r.step(Connected{s.Op})
-	r.pass(deliveryTimeout - time.Millisecond)
+	r.pass(r.m.cfg.ClientTimeout - time.Millisecond)
 	r.one("not before", len(of[Cancel](r.all)) == 0)
 	r.pass(time.Millisecond)
 	r.one("it is cut short", len(of[Cancel](r.all)) == 1)

@@ -143,6 +143,7 @@ type Done struct {
 
 	// Of a transaction of the outbox.
 	Sent      bool  // some of it may have reached the remote
+	Sends     int32 // how many times it began to go out, if it was not answered
 	PDUErrors int32 // events that the remote refuses, in a transaction that it has taken
 }
 

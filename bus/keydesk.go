@@ -131,7 +131,7 @@ func (m *Machine) keyQuery(ev KeyQuery) {
 	if !ev.Own {
 		d.latest = ev.Dest
 	}
-	q.timer = m.timers.Set(max(m.now, deadline(ev.Arrived).Add(-keysAnswerBy)), timer{query: q})
+	q.timer = m.timers.Set(max(m.now, m.deadline(ev.Arrived).Add(-keysAnswerBy)), timer{query: q})
 	d.byReq[q.Req] = q
 	m.stats.KeyQueries++
 	m.openQuery(q)

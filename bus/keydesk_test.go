@@ -326,7 +326,7 @@ func TestQueryIsAnsweredBeforeItsCallerGivesUp(t *testing.T) {
 	r := notaryRig(t, func(c *Config) { c.Keys.Wait = time.Hour })
 	a := r.asks("notary.test", wants(0, 1)...)
 	b := r.keys("notary.test", wants(1, 1)...) // the store hangs
-	due := deadline(Arrived{Received: r.now, Endpoint: keyQueryRow}).Add(-keysAnswerBy)
+	due := r.m.deadline(Arrived{Received: r.now, Endpoint: keyQueryRow}).Add(-keysAnswerBy)
 	r.pass(gather)
 	op := of[Send](r.all)[0].Op
 	r.pass(due.Sub(r.now) - 1)
@@ -884,7 +884,7 @@ func TestQueryThatEndsWhileItIsLookedUpAgain(t *testing.T) {
 	looked := of[LoadKeys](r.last)
 	r.step(Gone{b})
 	r.one("one is gone", reflect.DeepEqual(r.last, []Effect{Free{b}}))
-	r.pass(deadline(Arrived{Received: r.now, Endpoint: keyQueryRow}).Sub(r.now) - keysAnswerBy)
+	r.pass(r.m.deadline(Arrived{Received: r.now, Endpoint: keyQueryRow}).Sub(r.now) - keysAnswerBy)
 	r.repliedTo("the other gets what there is when its time is up, though the store is slow", c)
 	for _, look := range looked {
 		r.step(KeysLoaded{Query: look.Query, Missing: look.Wants[:1]})

@@ -60,9 +60,6 @@ const (
 	// minTransaction is the size of the largest event (S2S "Size limits").
 	minTransaction = 64 * sched.KiB
 
-	// deliveryTimeout is how long a destination may take to answer, as long as
-	// a Synapse gives it (config/federation.py).
-	deliveryTimeout = 60 * time.Second
 	// spreadEach is how far apart destinations are begun with after a start.
 	spreadEach = 20 * time.Millisecond
 	// maxSpread bounds all of that.

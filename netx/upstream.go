@@ -230,13 +230,16 @@ func (u *Upstream) Do(ctx context.Context, r *UpstreamRequest) (*http.Response, 
 // roundTrip sends req, on a kept connection if there is one. *body is the one
 // in use; after an error it is the caller's to close.
 func (u *Upstream) roundTrip(ctx context.Context, req *http.Request, r *UpstreamRequest, body **requestBody) (*http.Response, error) {
-	var first error // of a kept connection
+	var first *Error // of a kept connection
 	if conn := u.pool.get(poolKey{}); conn != nil {
-		resp, again, err := u.send(ctx, conn, req, *body)
-		if !again || r.Size != 0 && r.GetBody == nil {
-			return resp, err
+		resp, again, e := u.send(ctx, conn, req, *body)
+		if e == nil {
+			return resp, nil
 		}
-		first = err
+		if !again || r.Size != 0 && r.GetBody == nil {
+			return nil, e
+		}
+		first = e
 		// What made this one stale, such as a restart, has most likely made all
 		// of them stale.
 		u.pool.closeIdle()
@@ -256,8 +259,11 @@ func (u *Upstream) roundTrip(ctx context.Context, req *http.Request, r *Upstream
 		}
 		return nil, err
 	}
-	resp, _, err := u.send(ctx, conn, req, *body)
-	return resp, err
+	resp, _, e := u.send(ctx, conn, req, *body)
+	if e != nil {
+		return nil, e
+	}
+	return resp, nil
 }
 
 func reopen(r *UpstreamRequest) (*requestBody, error) {

@@ -56,6 +56,7 @@ var thirdParty = map[string][]string{
 	"modernc.org/sqlite/lib":     {"fsbus/store"},
 	"golang.org/x/time/rate":     {"fsbus/bus", "fsbus/bus/edge", "fsbus/sched", "fsbus/netx", "fsbus/bus/node"},
 	"github.com/BurntSushi/toml": {"fsbus/bus/node"},
+	"filippo.io/edwards25519":    {"fsbus/bus/matrix"}, // verifies a signature of what is not in memory
 	"golang.org/x/sys/unix":      {"fsbus/netx", "fsbus/store", "fsbus/bus/node"},
 }
 

@@ -344,6 +344,19 @@ type FederationConfig struct {
 	// Resolve gives servers an address in place of a lookup: "name" or
 	// "name:port" = "address" or "address:port". Default: none.
 	Resolve map[string]string `toml:"resolve" eg:"{\"hs2.test\" = \"127.0.0.1\"}"`
+	// Proxy is an HTTP proxy through which servers are reached, by CONNECT:
+	// "http://[user:password@]host[:port]". Those with an address in Resolve are reached
+	// directly. Default "": none, whatever https_proxy says. ProxyDNS has it look up the
+	// names of servers too, where this machine cannot; then SRV records are not seen, and
+	// IPRangeBlocklist is the proxy's to keep.
+	Proxy    Secret `toml:"proxy" eg:"\"http://proxy.lan:3128\""`
+	ProxyDNS bool   `toml:"proxy_dns"`
+	// ClientTimeout is how long a server may take to answer a transaction, or a request
+	// for which Synapse has no time of its own. Default 60 s, as Synapse's client_timeout,
+	// which it must not be below.
+	ClientTimeout Duration `toml:"client_timeout" range:"10s..10m" reload:"yes"`
+
+	proxy *netx.Proxy
 }
 
 // StatusConfig is the page for admins and monitoring.
@@ -421,6 +434,7 @@ func DefaultConfig() Config {
 		Outbox: defaultOutbox(),
 		Edge:   defaultEdge(),
 		Federation: FederationConfig{
+			ClientTimeout:    Duration(core.ClientTimeout),
 			IPRangeBlocklist: netx.DefaultBlocklist(),
 			IPRangeAllowlist: []string{},
 			Resolve:          map[string]string{},
@@ -586,6 +600,7 @@ func (c *Config) coreWithoutOutbox() bus.Config {
 		Unknown:         sched.Slots(o.UnknownHosts),
 		Failing:         sched.Slots(o.FailingHosts),
 		HostConcurrency: int32(o.HostConcurrency),
+		ClientTimeout:   time.Duration(c.Federation.ClientTimeout),
 		HostRate:        o.HostRate,
 		HostBurst:       int32(o.HostBurst),
 		MaxRequests:     int32(c.Front.MaxConnections),

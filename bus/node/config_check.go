@@ -515,6 +515,14 @@ func (k *checker) federation() {
 	k.ipRanges("federation.ip_range_blocklist", c.IPRangeBlocklist)
 	k.ipRanges("federation.ip_range_allowlist", c.IPRangeAllowlist)
 	k.resolve()
+	if c.Proxy != "" {
+		var err error
+		if c.proxy, err = netx.ParseProxy(string(c.Proxy), c.ProxyDNS); err != nil {
+			k.bad("federation.proxy", "is "+err.Error(), `a proxy, such as "http://proxy.lan:3128" or "http://user:password@proxy.lan:3128"`)
+		}
+	} else if c.ProxyDNS {
+		k.bad("federation.proxy_dns", "is true, but there is no federation.proxy", "a proxy, or false")
+	}
 }
 
 func (k *checker) ipRanges(key string, list []string) {

@@ -264,6 +264,9 @@ record_disk = "2MiB"
 ip_range_blocklist = []
 ip_range_allowlist = ["10.0.0.0/8"]
 resolve = {"HS2.test" = "127.0.0.1", "hs3.test:8448" = "[::1]:8449"}
+proxy = "http://u:p@proxy.test:8080"
+proxy_dns = true
+client_timeout = "2m"
 [status]
 listen = "unix:status.sock"
 allow_remote = true
@@ -291,7 +294,8 @@ admin = "unix:../other.sock"
 		{"admin", c.adminSocket(), dir + "/other.sock"},
 		{"resolve", fmt.Sprint(c.Federation.Resolve), "map[HS2.test:127.0.0.1 hs3.test:8448:[::1]:8449]"},
 		{"secret", string(c.Front.secret), "another secret"},
-		{"core", fmt.Sprint(c.Core()), fmt.Sprint(bus.Config{Workers: 64, Unknown: 48, Failing: 8, HostConcurrency: 2,
+		{"core", fmt.Sprint(c.Core()), fmt.Sprint(bus.Config{
+			ClientTimeout: 2 * time.Minute, Workers: 64, Unknown: 48, Failing: 8, HostConcurrency: 2,
 			HostRate: 5, HostBurst: 20, MaxRequests: 1000, MaxHosts: 20000,
 			ProfileFresh: time.Minute, KeepFor: 2 * time.Hour, KeepBytes: sched.GiB, MediaFor: time.Hour, MediaBytes: sched.GiB,
 			Keys: bus.KeysConfig{OwnName: "keys.invalid", Batch: 20, Parallel: 2, Wait: 3 * time.Second, MaxWants: maxKeyWants}, Outbox: bus.OutboxConfig{

@@ -89,7 +89,7 @@ func (n *Node) transact(d *delivery) (*bus.Answered, bus.Done) {
 	}
 	req := &netx.Request{
 		Destination: d.dest, Method: http.MethodPut, Target: target, Size: d.txn.size, Priority: int(d.class),
-		Header:  http.Header{"Authorization": {authorization}, "Content-Type": {"application/json"}, "User-Agent": {"fsbus/" + n.version}},
+		Header:  http.Header{"Authorization": {authorization}, "Content-Type": {"application/json"}, "User-Agent": {n.userAgent}},
 		Body:    d.txn.body.Reader(), // closed by Do
 		GetBody: func() (io.ReadCloser, error) { return d.txn.body.Reader(), nil },
 	}
@@ -97,7 +97,11 @@ func (n *Node) transact(d *delivery) (*bus.Answered, bus.Done) {
 	if err != nil {
 		var e *netx.Error
 		unsent := errors.As(err, &e) && e.Unsent
-		return nil, failed(netx.FailureOf(err), !unsent, explain(err))
+		done := failed(netx.FailureOf(err), !unsent, explain(err))
+		if e != nil {
+			done.Sends = e.Sends
+		}
+		return nil, done
 	}
 	defer resp.Body.Close()
 	answered := &bus.Answered{Op: d.op, Status: resp.StatusCode}

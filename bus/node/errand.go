@@ -98,7 +98,7 @@ func (n *Node) storeKeys(keys []store.ServerKeys, done func()) {
 func (n *Node) fetchKeys(e *errand) (keys []store.ServerKeys, done bus.Done, err error) {
 	req := &netx.Request{
 		Destination: e.send.Dest, Method: http.MethodGet, Target: serverKeysTarget, Priority: int(e.send.Class),
-		Header: http.Header{"User-Agent": {"fsbus/" + n.version}},
+		Header: http.Header{"User-Agent": {n.userAgent}},
 	}
 	if e.send.Notary != nil {
 		body := matrix.AppendKeyQuery(nil, e.send.Notary)

@@ -46,11 +46,12 @@ const (
 
 // Node is one running bus.
 type Node struct {
-	cfg     atomic.Pointer[Config]
-	log     *slog.Logger
-	level   *slog.LevelVar
-	version string
-	started time.Time
+	cfg       atomic.Pointer[Config]
+	log       *slog.Logger
+	level     *slog.LevelVar
+	version   string
+	userAgent string // what fsbus calls itself, as a Synapse does with its version, and for whom
+	started   time.Time
 
 	clock  *sched.Clock
 	core   *bus.Machine
@@ -244,7 +245,7 @@ func New(ctx context.Context, cfg *Config, version string, log *slog.Logger, lev
 
 func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger, level *slog.LevelVar, h hooks) (_ *Node, err error) {
 	n := &Node{
-		log: log, level: level, version: version, started: time.Now(), hooks: h,
+		log: log, level: level, version: version, userAgent: fmt.Sprintf("fsbus/%s (%s)", version, cfg.Homeserver.ServerName), started: time.Now(), hooks: h,
 		clock:      sched.NewClock(),
 		requests:   make(map[bus.ReqID]*held),
 		attempts:   make(map[bus.OpID]*attempt),
@@ -292,7 +293,7 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 	if err != nil {
 		return nil, err
 	}
-	if n.client, err = newClient(cfg); err != nil {
+	if n.client, err = newClient(cfg, n.userAgent); err != nil {
 		return nil, err
 	}
 	n.front = netx.NewFront(netx.FrontConfig{
@@ -320,7 +321,21 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 	return n, nil
 }
 
-func newClient(cfg *Config) (*netx.Client, error) {
+// noteProxy says how other servers are reached, where an admin may expect it otherwise.
+func (n *Node) noteProxy(f *FederationConfig) {
+	if f.proxy != nil {
+		n.log.Info("other servers are reached through a proxy", "proxy", f.proxy.String(), "it_looks_up_names", f.ProxyDNS)
+		return
+	}
+	for _, name := range []string{"https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"} {
+		if os.Getenv(name) != "" {
+			n.log.Warn("the environment names a proxy, which fsbus does not use: federation.proxy says which one it is to use", "variable", name)
+			return
+		}
+	}
+}
+
+func newClient(cfg *Config, userAgent string) (*netx.Client, error) {
 	f, o := &cfg.Federation, &cfg.Outbound
 	var roots *x509.CertPool
 	if f.CAFile != "" {
@@ -345,7 +360,7 @@ func newClient(cfg *Config) (*netx.Client, error) {
 		idle = -1 // to the client, 0 is its default
 	}
 	return netx.NewClient(netx.ClientConfig{
-		CAs: roots, Blocklist: block, Static: static,
+		CAs: roots, Blocklist: block, Static: static, Proxy: f.proxy, UserAgent: userAgent,
 		ConnectTimeout: time.Duration(o.ConnectTimeout), HandshakeTimeout: time.Duration(o.TLSTimeout), BodyTimeout: time.Duration(o.BodyTimeout),
 		HandshakesPerSecond: o.HandshakesPerSecond, MaxDNS: o.DNSQueries,
 		MaxIdle: idle, MaxIdlePerHost: max(o.HostConcurrency, cfg.Keys.NotaryParallel), IdleTimeout: time.Duration(o.IdleTimeout), SessionCache: sessions, WellKnownCache: wellKnown,
@@ -430,6 +445,7 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 	for _, ln := range listeners.front {
 		n.log.Info("listening for the homeserver", "address", ln.Addr().String())
 	}
+	n.noteProxy(&cfg.Federation)
 	n.log.Info("fsbus is up", "version", n.version, "server_name", cfg.Homeserver.ServerName, "status", status, "memory_limit", cfg.MemoryLimit.String(), "hosts_restored", len(hosts), "signing_key", cfg.Homeserver.keys.String(), "queues_restored", len(queues))
 	if err := n.notify.Ready(); err != nil {
 		n.log.Warn("systemd was not told", "error", err)
