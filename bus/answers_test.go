@@ -128,7 +128,7 @@ func TestFieldOfAProfileIsCutFromTheWhole(t *testing.T) {
 	r.one("a field does not answer for the whole", len(of[Send](r.last)) == 1)
 	second := r.sent().Op
 	r.step(Done{Op: alone, Failure: matrix.FailRefused})
-	age := r.now.Sub(sched.FromWall(1_800_000_000_000))
+	age := r.now.Sub(sched.FromStored(1_800_000_000_000))
 	r.replies("an old whole is better than none", Reply{Req: d, Op: op, Field: "displayname", From: FromStale, Age: age})
 	r.step(Done{Op: second, Failure: matrix.FailRefused})
 	r.replies("for the whole, too", Reply{Req: e, Op: op, From: FromStale, Age: age})

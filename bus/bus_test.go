@@ -33,7 +33,7 @@ func newRig(t *testing.T, change func(*Config)) *rig {
 	if change != nil {
 		change(&cfg)
 	}
-	return &rig{t: t, m: New(cfg, rand.New(rand.NewPCG(1, 2))), now: sched.FromWall(1_800_000_000_000)}
+	return &rig{t: t, m: New(cfg, rand.New(rand.NewPCG(1, 2))), now: sched.FromStored(1_800_000_000_000)}
 }
 
 func (r *rig) step(ev Event) []Effect {
@@ -680,7 +680,7 @@ func BenchmarkLookup(b *testing.B) {
 	cfg.HostRate, cfg.HostBurst, cfg.CacheBytes = 1e9, 1<<30, 0
 	m := New(cfg, rand.New(rand.NewPCG(1, 2)))
 	ep := matrix.Match("GET", "/_matrix/federation/v1/query/profile?user_id=u")
-	now := sched.FromWall(1_800_000_000_000)
+	now := sched.FromStored(1_800_000_000_000)
 	var out []Effect
 	b.ReportAllocs()
 	for i := range b.N {

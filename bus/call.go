@@ -500,7 +500,7 @@ func (m *Machine) abandon(c *call) {
 // it is put back into the queue, to be tried again at leisure, as a delivery is in
 // any case; a look-up is given up, as whoever asks had better hear that soon.
 func (m *Machine) suspect(c *call) {
-	if c.connected || c.cancelled || c.lane != laneUnknown {
+	if c.connected || c.phase != phaseRunning || c.cancelled || c.lane != laneUnknown {
 		return
 	}
 	if !m.contended(laneUnknown) {

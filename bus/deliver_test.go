@@ -455,8 +455,8 @@ func TestStoreThatMiscounts(t *testing.T) {
 // A clock that stood right when a server failed, and is behind after a start, makes
 // no day of the seconds for which it was to be left alone.
 func TestBackOffOutlivesAClockThatGoesBack(t *testing.T) {
-	failed := sched.FromWall(1_800_000_000_000)
-	for _, now := range []sched.Time{sched.FromWall(60_000), failed.Add(-30 * time.Minute), failed.Add(time.Second)} {
+	failed := sched.FromStored(1_800_000_000_000)
+	for _, now := range []sched.Time{sched.FromStored(60_000), failed.Add(-30 * time.Minute), failed.Add(time.Second)} {
 		r := newOutboxRig(t, nil)
 		r.now = now
 		b := Backlog{Oldest: now}

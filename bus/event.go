@@ -116,6 +116,7 @@ type KeyWanted struct {
 	Server matrix.ServerName
 	KeyID  string
 	Newer  bool
+	Now    matrix.Timestamp // by the system's clock, for which the key must be valid
 }
 
 // Alive: something came from a server that it has signed.

@@ -14,7 +14,7 @@ import (
 	"fsbus/sched"
 )
 
-func want(server matrix.ServerName, id string, min int64) matrix.KeyWant {
+func want(server matrix.ServerName, id string, min matrix.Timestamp) matrix.KeyWant {
 	return matrix.KeyWant{Server: server, KeyID: id, MinValid: min}
 }
 
@@ -809,7 +809,7 @@ func TestManyKeyQueriesThroughAFullFront(t *testing.T) {
 	for i, n := range order {
 		k.in(time.Second*time.Duration(i)/time.Duration(len(order)), func() {
 			w := wants(n/each, 1)
-			w[0].MinValid = 1_800_000_000_000 + int64(i)
+			w[0].MinValid = 1_800_000_000_000 + matrix.Timestamp(i)
 			held = append(held, func() { k.keys("notary.test", w...) })
 		})
 	}

@@ -22,11 +22,11 @@ func (m *Machine) keyWanted(ev KeyWanted) {
 		m.emit(KeyFetched{For: ev.For})
 		return
 	}
-	valid := m.now
+	valid := ev.Now
 	if ev.Newer {
 		valid = valid.Add(matrix.MaxKeyValidity + time.Hour) // nothing that is stored is good for so long
 	}
-	wants := []matrix.KeyWant{{Server: ev.Server, KeyID: ev.KeyID, MinValid: valid.Wall()}}
+	wants := []matrix.KeyWant{{Server: ev.Server, KeyID: ev.KeyID, MinValid: valid}}
 	q := &keyQuery{own: true, via: ev.Server, wants: wants, forKey: true, wanted: ev.For}
 	q.timer = m.timers.Set(m.now.Add(keyWantedFor), timer{query: q})
 	m.openQuery(q)

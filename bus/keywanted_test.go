@@ -167,10 +167,18 @@ func TestWantedKeyTellsWhetherItWasAskedFor(t *testing.T) {
 	r.one("but for what may have come from it before its back-off is over", h.Failures == 1 && len(of[Commit](r.all))+len(of[Send](r.all)) == 1)
 }
 
+// A key must be valid by the system's clock, wherever the bus's own began.
+func TestAKeyIsWantedForTheTimeOfDay(t *testing.T) {
+	r := newRig(t, nil)
+	r.step(KeyWanted{For: 1, Server: "h.test", KeyID: "ed25519:1", Now: 1_700_000_000_000})
+	w := of[LoadKeys](r.last)[0].Wants
+	r.one("it is wanted for that", len(w) == 1 && w[0].MinValid == 1_700_000_000_000)
+}
+
 // A key that does not fit may have been replaced: what is stored does not count.
 func TestANewerKeyIsFetchedWhateverIsStored(t *testing.T) {
 	r := newRig(t, nil)
-	r.step(KeyWanted{For: 1, Server: "h.test", KeyID: "ed25519:1", Newer: true})
+	r.step(KeyWanted{For: 1, Server: "h.test", KeyID: "ed25519:1", Newer: true, Now: 1_700_000_000_000})
 	w := of[LoadKeys](r.last)[0].Wants
-	r.one("nothing is good for so long", len(w) == 1 && w[0].MinValid > r.now.Add(matrix.MaxKeyValidity).Wall())
+	r.one("nothing is good for so long", len(w) == 1 && w[0].MinValid > matrix.Timestamp(1_700_000_000_000).Add(matrix.MaxKeyValidity))
 }

@@ -345,11 +345,11 @@ func TestLoopStepsInOrderAndWakesInTime(t *testing.T) {
 
 func TestTimeKeepsWallMilliseconds(t *testing.T) {
 	for _, ms := range []int64{0, 1, 1_800_000_000_000} {
-		if got := FromWall(ms).Wall(); got != ms {
+		if got := FromStored(ms).Stored(); got != ms {
 			t.Errorf("%d ms become %d", ms, got)
 		}
 	}
-	at := FromWall(1_800_000_000_000)
+	at := FromStored(1_800_000_000_000)
 	if !at.Std().Equal(time.UnixMilli(1_800_000_000_000)) || at.Add(time.Second).Sub(at) != time.Second || !at.Before(at+1) {
 		t.Errorf("%v", at.Std())
 	}

@@ -32,7 +32,7 @@ func crashCacheBatch(n int64) *Batch {
 	// Of 200 keys, so that some rows are replaced and others are new.
 	i, size := int(n%200), int(n%7)*400+1
 	a, k := anAnswer(i, size), someKeys(notaryName, i, size)
-	a.Stored, k.Fetched = n, n
+	a.Stored, k.Fetched = n, matrix.Timestamp(n)
 	x := inboundTxn(i, size, int(n%4))
 	x.Answered += n
 	return &Batch{Answers: []Answer{a}, Keys: []ServerKeys{k}, Inbound: []InboundTxn{x}}

@@ -23,7 +23,7 @@ func TestReadersAndTheWriterDoNotDisturbEachOther(t *testing.T) {
 		b := new(Batch)
 		for i := range rows {
 			a := Answer{Key: answerKey(i), Stored: int64(round), Body: filled(round, 3000+i)}
-			k := ServerKeys{Via: notaryName, Server: numberedName(i), Fetched: int64(round), Object: filled(round, 3000+i)}
+			k := ServerKeys{Via: notaryName, Server: numberedName(i), Fetched: matrix.Timestamp(round), Object: filled(round, 3000+i)}
 			x := inboundTxn(i, 3000+i, 2)
 			x.Answered += int64(round)
 			x.Answer, x.PDUs[1].EventID = a.Body, fmt.Sprint(round)
@@ -103,7 +103,7 @@ func TestReadersAndTheWriterDoNotDisturbEachOther(t *testing.T) {
 				i, from = 0, least()
 				if err := s.LoadKeys(notaryName, servers, func(k ServerKeys) error {
 					i++
-					return check(i-1, k.Fetched, k.Object, from)
+					return check(i-1, int64(k.Fetched), k.Object, from)
 				}); err != nil || i != rows {
 					t.Errorf("%d of %d keys: %v", i, rows, err)
 					return

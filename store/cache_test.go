@@ -38,7 +38,7 @@ func anAnswer(i, size int) Answer {
 }
 
 func someKeys(via matrix.ServerName, i, size int) ServerKeys {
-	return ServerKeys{Via: via, Server: matrix.ServerName(numbered("s", i)), Fetched: int64(-i), ValidUntil: int64(i), Object: filled(i, size)}
+	return ServerKeys{Via: via, Server: matrix.ServerName(numbered("s", i)), Fetched: matrix.Timestamp(-i), ValidUntil: matrix.Timestamp(i), Object: filled(i, size)}
 }
 
 func putBatch(t testing.TB, s *Store, b *Batch) {

@@ -21,8 +21,8 @@ type ServerKeys struct {
 	// Via is the notary, the server itself for what came from there. With Server it
 	// is the key. Both must satisfy matrix.ParseServerName.
 	Via, Server matrix.ServerName
-	Fetched     int64 // when
-	ValidUntil  int64
+	Fetched     matrix.Timestamp // when
+	ValidUntil  matrix.Timestamp
 	// Object is what was said, at most MaxKeyObject bytes. The store does not look
 	// into it. Empty: nothing is known any more, the row goes.
 	Object []byte
@@ -78,7 +78,7 @@ func (t *keyTable) put(k *ServerKeys) (int64, error) {
 		return rows, err
 	}
 	t.outbox.grown += size + cacheRowBytes
-	return 1, t.cacheTable.put(size, hash, string(k.Via), string(k.Server), size, k.Fetched, k.ValidUntil, k.Object)
+	return 1, t.cacheTable.put(size, hash, string(k.Via), string(k.Server), size, int64(k.Fetched), int64(k.ValidUntil), k.Object)
 }
 
 // loadKeysQuery yields NULL for an object that is larger than it may be, so that a
@@ -121,10 +121,11 @@ func (s *Store) loadKeys(via, server matrix.ServerName) (k ServerKeys, found boo
 }
 
 func scanKeys(vals []driver.Value) (k ServerKeys, err error) {
-	var size int64
-	if err := scan(vals, &size, &k.Fetched, &k.ValidUntil, &k.Object); err != nil {
+	var size, fetched, validUntil int64
+	if err := scan(vals, &size, &fetched, &validUntil, &k.Object); err != nil {
 		return k, err
 	}
+	k.Fetched, k.ValidUntil = matrix.Timestamp(fetched), matrix.Timestamp(validUntil)
 	if n := int64(len(k.Object)); n == 0 || n != size {
 		return k, notOurRow("keys of %d bytes, counted as %d", n, size)
 	}

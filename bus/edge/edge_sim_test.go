@@ -157,7 +157,7 @@ func (w *simWorld) failf(format string, args ...any) {
 
 func newSimWorld(t *testing.T, seed uint64, p simProfile) *simWorld {
 	w := &simWorld{
-		t: t, p: p, rng: rand.New(rand.NewPCG(seed, 7)), now: sched.FromWall(1_800_000_000_000),
+		t: t, p: p, rng: rand.New(rand.NewPCG(seed, 7)), now: sched.FromStored(1_800_000_000_000),
 		counts: map[string]int{}, reqs: map[ReqID]*simReq{}, ops: map[OpID]*simOp{}, stored: map[txnKey]bool{},
 		keys: map[matrix.ServerName]bool{}, windows: map[string]sched.Time{}, up: true, slow: 1,
 		working: map[matrix.ServerName]*simTxn{},
@@ -1128,7 +1128,7 @@ func BenchmarkSteps(b *testing.B) {
 	c := Default()
 	c.OriginRate, c.OriginBurst = 1e6, 1_000_000
 	m := New(c, rand.New(rand.NewPCG(1, 2)))
-	now := sched.FromWall(1_800_000_000_000)
+	now := sched.FromStored(1_800_000_000_000)
 	send := matrix.Match("PUT", "/_matrix/federation/v1/send/1")
 	names := make([]matrix.ServerName, 2000)
 	for i := range names {

@@ -36,7 +36,7 @@ func newRig(t *testing.T, change func(*Config)) *rig {
 	if change != nil {
 		change(&cfg)
 	}
-	return &rig{t: t, m: New(cfg, rand.New(rand.NewPCG(1, 2))), now: sched.FromWall(1_800_000_000_000)}
+	return &rig{t: t, m: New(cfg, rand.New(rand.NewPCG(1, 2))), now: sched.FromStored(1_800_000_000_000)}
 }
 
 func (r *rig) step(ev Event) []Effect {
@@ -1382,7 +1382,7 @@ func TestWindowFollowsAnswerTimes(t *testing.T) {
 	var w window
 	w.init(laneTxn)
 	w.limit(8)
-	now := sched.FromWall(1_800_000_000_000)
+	now := sched.FromStored(1_800_000_000_000)
 	feed := func(n int, took time.Duration) {
 		for range n {
 			now = now.Add(50 * time.Millisecond)

@@ -25,7 +25,7 @@ type KeyWant struct {
 	KeyID  string // "ed25519:a_abc"; "" is any key of the server
 	// MinValid is for when the key must be valid, minimum_valid_until_ts: Unix
 	// time in milliseconds.
-	MinValid int64
+	MinValid Timestamp
 }
 
 // ParseKeyQuery reads the body of a POST /_matrix/key/v2/query (S2S "Querying keys
@@ -41,7 +41,7 @@ type KeyWant struct {
 // out, and a minimum that is no integer of canonical JSON counts as the greatest
 // one. More than most keys make it
 // ErrTooManyKeys. Everything else is ErrKeyQuery.
-func ParseKeyQuery(body []byte, now int64, most int) ([]KeyWant, error) {
+func ParseKeyQuery(body []byte, now Timestamp, most int) ([]KeyWant, error) {
 	b, err := AppendCanonical(make([]byte, 0, len(body)), body, RawNumbers)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrKeyQuery, err)
@@ -69,7 +69,7 @@ func ParseKeyQuery(body []byte, now int64, most int) ([]KeyWant, error) {
 // keyQueryReader collects what a query asks for. Canonical JSON has it in the
 // order of the result.
 type keyQueryReader struct {
-	now   int64
+	now   Timestamp
 	most  int
 	wants []KeyWant
 }
@@ -94,7 +94,7 @@ func (q *keyQueryReader) server(name, keys []byte) error {
 	return q.add(KeyWant{Server: server, MinValid: q.now})
 }
 
-func (q *keyQueryReader) minimum(criteria []byte) (int64, error) {
+func (q *keyQueryReader) minimum(criteria []byte) (Timestamp, error) {
 	minimum := q.now
 	err := eachCanonical(criteria, func(name, value []byte) error {
 		if string(name) != "minimum_valid_until_ts" {
@@ -106,9 +106,9 @@ func (q *keyQueryReader) minimum(criteria []byte) (int64, error) {
 		case 'n': // null, which Synapse takes for none
 			return nil
 		}
-		var ok bool
-		if minimum, ok = jsonInteger(value); !ok {
-			minimum = maxJSONInteger
+		minimum = maxJSONInteger
+		if n, ok := jsonInteger(value); ok {
+			minimum = Timestamp(n)
 		}
 		return nil
 	})
@@ -150,7 +150,7 @@ func AppendKeyQuery(dst []byte, wants []KeyWant) []byte {
 			}
 			first = false
 			dst = append(AppendString(dst, w.KeyID), `:{"minimum_valid_until_ts":`...)
-			dst = strconv.AppendInt(dst, min(max(w.MinValid, -maxJSONInteger), maxJSONInteger), 10)
+			dst = strconv.AppendInt(dst, min(max(int64(w.MinValid), -maxJSONInteger), maxJSONInteger), 10)
 			dst = append(dst, '}')
 		}
 		dst = append(dst, '}')

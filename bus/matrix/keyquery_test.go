@@ -146,7 +146,7 @@ func FuzzParseKeyQuery(f *testing.F) {
 	f.Add([]byte(`{"server_keys":{"hs":{"a":{"minimum_valid_until_ts":null},"a":{"minimum_valid_until_ts":-9007199254740993}}},"x":[{}]}`), int64(0), 0)
 	f.Fuzz(func(t *testing.T, body []byte, now int64, most int) {
 		now = min(max(now, -maxJSONInteger), maxJSONInteger)
-		wants, err := ParseKeyQuery(body, now, most)
+		wants, err := ParseKeyQuery(body, Timestamp(now), most)
 		if err != nil {
 			if wants != nil || errors.Is(err, ErrKeyQuery) == errors.Is(err, ErrTooManyKeys) {
 				t.Fatalf("%q: %v, %v", body, wants, err)
@@ -179,7 +179,7 @@ func FuzzParseKeyQuery(f *testing.F) {
 		if canonical, err := CanonicalJSON(again); err != nil || !bytes.Equal(canonical, again) {
 			t.Fatalf("%q: %s is not canonical: %v", body, again, err)
 		}
-		if got, err := ParseKeyQuery(again, now, most); err != nil || !slices.Equal(got, wants) {
+		if got, err := ParseKeyQuery(again, Timestamp(now), most); err != nil || !slices.Equal(got, wants) {
 			t.Fatalf("%q: %s is %v, %v; want %v", body, again, got, err, wants)
 		}
 		// Any order, and any want twice, make the same query.
@@ -381,7 +381,7 @@ func TestKeyAnswerRoundTrip(t *testing.T) {
 		if i > 0 {
 			answer = append(answer, ',')
 		}
-		answer = append(answer, aServersKeys(t, fmt.Sprintf("hs%d", i), int64(i))...)
+		answer = append(answer, aServersKeys(t, fmt.Sprintf("hs%d", i), Timestamp(i))...)
 	}
 	answer = append(answer, KeyAnswerEnd...)
 	if !json.Valid(answer) {
@@ -394,7 +394,7 @@ func TestKeyAnswerRoundTrip(t *testing.T) {
 			t.Fatal(err)
 		}
 		o, err := CheckServerKeys(element, ServerName(fmt.Sprintf("hs%d", i)))
-		if err != nil || o.ValidUntil != int64(i) {
+		if err != nil || o.ValidUntil != Timestamp(i) {
 			t.Errorf("%d: %+v, %v", i, o, err)
 		}
 	}

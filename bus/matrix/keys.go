@@ -35,7 +35,7 @@ type SigningKey struct {
 type OldKey struct {
 	ID      string // "ed25519:a_abc"
 	Public  ed25519.PublicKey
-	Expired int64 // Unix time in milliseconds
+	Expired Timestamp
 }
 
 // NewSigningKey makes a key of a 32 byte seed and a version: one or more visible
@@ -133,7 +133,7 @@ func ParseSigningKeys(file []byte) (keys []SigningKey, old []OldKey, err error) 
 		if err != nil || expired < 0 {
 			return bad("the expiry is not a time in milliseconds")
 		}
-		old = append(old, OldKey{ID: keyAlgorithm + ":" + f[1], Public: b, Expired: expired})
+		old = append(old, OldKey{ID: keyAlgorithm + ":" + f[1], Public: b, Expired: Timestamp(expired)})
 	}
 	if len(keys) == 0 {
 		return nil, nil, fmt.Errorf("%w: no private key in the file", ErrKey)
@@ -215,13 +215,13 @@ func VerifyJSON(object []byte, server, keyID string, pub ed25519.PublicKey) erro
 // ServerKeys returns the answer to GET /_matrix/key/v2/server: the public keys of
 // server, valid until validUntil (Unix time in milliseconds) and signed with each
 // private key (S2S "Publishing Keys").
-func ServerKeys(server string, validUntil int64, keys []SigningKey, old []OldKey) ([]byte, error) {
+func ServerKeys(server string, validUntil Timestamp, keys []SigningKey, old []OldKey) ([]byte, error) {
 	if len(keys) == 0 {
 		return nil, fmt.Errorf("%w: none to publish", ErrKey)
 	}
 	type publicKey struct {
-		Key     string `json:"key"`
-		Expired *int64 `json:"expired_ts,omitempty"`
+		Key     string     `json:"key"`
+		Expired *Timestamp `json:"expired_ts,omitempty"`
 	}
 	verify, expired := make(map[string]publicKey), make(map[string]publicKey)
 	for _, k := range keys {

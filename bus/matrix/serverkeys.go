@@ -47,7 +47,7 @@ type ServerKeyObject struct {
 	// ValidUntil is until when the server means to sign with Verify, Unix time in
 	// milliseconds. For how long it may be believed depends on when it said so,
 	// see MaxKeyValidity.
-	ValidUntil int64
+	ValidUntil Timestamp
 	// Verify is the keys it signs with, by key id, without those that are in Old,
 	// too. All are of ed25519.
 	Verify map[string]ed25519.PublicKey
@@ -118,9 +118,11 @@ func parseServerKeys(object []byte, server ServerName, verify bool) (*ServerKeyO
 				return errors.New("server_name is another")
 			}
 		case "valid_until_ts":
-			if o.ValidUntil, until = jsonInteger(value); !until || o.ValidUntil < 0 {
+			var ts int64
+			if ts, until = jsonInteger(value); !until || ts < 0 {
 				return fmt.Errorf("valid_until_ts: %w", errTime)
 			}
+			o.ValidUntil = Timestamp(ts)
 		case "verify_keys":
 			if err := o.readVerify(value); err != nil {
 				return fmt.Errorf("verify_keys: %w", err)
@@ -200,7 +202,7 @@ func (o *ServerKeyObject) readOld(keys []byte) error {
 		if !ok || expired < 0 {
 			return fmt.Errorf("expired_ts: %w", errTime)
 		}
-		o.Old[id] = OldKey{ID: id, Public: public, Expired: expired}
+		o.Old[id] = OldKey{ID: id, Public: public, Expired: Timestamp(expired)}
 		return nil
 	})
 }
@@ -378,8 +380,8 @@ func (o *ServerKeyObject) SignedBy(server ServerName) bool {
 
 // validUntil is until when the object is good for new signatures if it was
 // fetched at that time. Its form is one that does not overflow.
-func (o *ServerKeyObject) validUntil(fetched int64) int64 {
-	const longest = int64(MaxKeyValidity / time.Millisecond)
+func (o *ServerKeyObject) validUntil(fetched Timestamp) Timestamp {
+	const longest = Timestamp(MaxKeyValidity / time.Millisecond)
 	if fetched < o.ValidUntil-longest {
 		return fetched + longest
 	}
@@ -390,7 +392,7 @@ func (o *ServerKeyObject) validUntil(fetched int64) int64 {
 // somebody who needs the key keyID for a signature made at minValid (S2S
 // "Querying keys through another server", minimum_valid_until_ts); both are Unix
 // times in milliseconds. With "" for keyID any key will do.
-func (o *ServerKeyObject) Satisfies(keyID string, minValid, fetched int64) bool {
+func (o *ServerKeyObject) Satisfies(keyID string, minValid, fetched Timestamp) bool {
 	if _, ok := o.Verify[keyID]; ok || keyID == "" {
 		return o.validUntil(fetched) >= minValid
 	}
@@ -401,7 +403,7 @@ func (o *ServerKeyObject) Satisfies(keyID string, minValid, fetched int64) bool 
 // RequestKey returns the key keyID if a request that comes at now may be signed
 // with it, where the object was fetched at fetched; both are Unix times in
 // milliseconds. Old keys are for events only.
-func (o *ServerKeyObject) RequestKey(keyID string, now, fetched int64) (ed25519.PublicKey, bool) {
+func (o *ServerKeyObject) RequestKey(keyID string, now, fetched Timestamp) (ed25519.PublicKey, bool) {
 	key, ok := o.Verify[keyID]
 	if !ok || o.validUntil(fetched) < now {
 		return nil, false
@@ -412,6 +414,6 @@ func (o *ServerKeyObject) RequestKey(keyID string, now, fetched int64) (ed25519.
 // RefreshAt returns when the object, fetched at fetched, should be fetched anew:
 // after half of the time for which it is good (S2S "Querying keys through another
 // server"). Both are Unix times in milliseconds.
-func (o *ServerKeyObject) RefreshAt(fetched int64) int64 {
+func (o *ServerKeyObject) RefreshAt(fetched Timestamp) Timestamp {
 	return fetched + max(o.validUntil(fetched)-fetched, 0)/2
 }

@@ -43,7 +43,7 @@ func signed(tb testing.TB, object, server string, keys ...SigningKey) []byte {
 }
 
 // aServersKeys is an object as a server publishes it, with an old key.
-func aServersKeys(tb testing.TB, server string, validUntil int64) []byte {
+func aServersKeys(tb testing.TB, server string, validUntil Timestamp) []byte {
 	tb.Helper()
 	old := testKey(tb, 9, "old")
 	b, err := ServerKeys(server, validUntil, []SigningKey{testKey(tb, 1, "a")},
@@ -381,14 +381,14 @@ func TestServerKeysCountersigned(t *testing.T) {
 
 func TestServerKeyObjectTimes(t *testing.T) {
 	const (
-		week    = int64(7 * 24 * 3600 * 1000)
-		fetched = int64(1700000000000)
+		week    = Timestamp(7 * 24 * 3600 * 1000)
+		fetched = Timestamp(1700000000000)
 	)
 	if MaxKeyValidity != 7*24*time.Hour {
 		t.Errorf("MaxKeyValidity is %v", MaxKeyValidity)
 	}
 	for _, c := range []struct {
-		validUntil, good, refresh int64 // the last millisecond, and RefreshAt
+		validUntil, good, refresh Timestamp // the last millisecond, and RefreshAt
 	}{
 		{fetched + 2000, fetched + 2000, fetched + 1000},
 		{fetched + 3, fetched + 3, fetched + 1},
@@ -422,7 +422,7 @@ func TestServerKeyObjectTimes(t *testing.T) {
 			t.Errorf("valid until %d: a key after %d", c.validUntil, c.good)
 		}
 		// The old key expired at 1000, whatever the object's age.
-		for _, f := range []int64{fetched, 0} {
+		for _, f := range []Timestamp{fetched, 0} {
 			if !o.Satisfies("ed25519:old", 1000, f) || o.Satisfies("ed25519:old", 1001, f) {
 				t.Error("the old key is not good until 1000")
 			}
@@ -435,7 +435,7 @@ func TestServerKeyObjectTimes(t *testing.T) {
 		if o.Satisfies("ed25519:b", 0, fetched) || o.Satisfies("a", 0, fetched) {
 			t.Error("an unknown key is good")
 		}
-		for _, f := range []int64{math.MinInt64, -1, 0, math.MaxInt64} {
+		for _, f := range []Timestamp{math.MinInt64, -1, 0, math.MaxInt64} {
 			if got := o.RefreshAt(f); got < f || got > max(f, o.ValidUntil) {
 				t.Errorf("valid until %d, fetched at %d: refresh at %d", c.validUntil, f, got)
 			}
@@ -486,7 +486,7 @@ func checkFuzzed(t *testing.T, object []byte) {
 	var (
 		members    map[string]json.RawMessage
 		name       string
-		until      int64
+		until      Timestamp
 		verify     map[string]json.RawMessage
 		old        map[string]json.RawMessage
 		signatures map[string]map[string]string
@@ -553,7 +553,7 @@ func checkFuzzed(t *testing.T, object []byte) {
 	if len(current) != len(o.Verify) || len(expired) != len(o.Old) {
 		t.Fatalf("%q is taken as %+v", object, o)
 	}
-	if at := o.RefreshAt(1000); at < 1000 || at > 1000+MaxKeyValidity.Milliseconds()/2 {
+	if at := o.RefreshAt(1000); at < 1000 || at > Timestamp(1000).Add(MaxKeyValidity/2) {
 		t.Fatalf("%q: refresh at %d", object, at)
 	}
 }

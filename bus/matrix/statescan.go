@@ -610,7 +610,7 @@ func (s *StateScan) addPair() {
 	s.size += size
 	s.foundKeys++
 	s.known[pair] = struct{}{}
-	s.keys = append(s.keys, KeyWant{Server: server, KeyID: pair[s.server:], MinValid: s.ts})
+	s.keys = append(s.keys, KeyWant{Server: server, KeyID: pair[s.server:], MinValid: Timestamp(s.ts)})
 }
 
 // readServer reads an element of servers_in_room.

@@ -193,7 +193,7 @@ func scanByDecoding(tb testing.TB, l ScanLimits, doc []byte) scanResult {
 					} else {
 						size += add
 						known[pair] = true
-						r.Keys = append(r.Keys, KeyWant{Server: name, KeyID: id.name, MinValid: ts})
+						r.Keys = append(r.Keys, KeyWant{Server: name, KeyID: id.name, MinValid: Timestamp(ts)})
 					}
 				}
 			}

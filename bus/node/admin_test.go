@@ -179,7 +179,7 @@ func (a *adminTest) accept(dest matrix.ServerName, minutes int64, kind matrix.Ki
 		}
 		items = append(items, it)
 	}
-	a.do(&store.Accept{Destination: dest, Items: items, Accepted: adminNow.Wall() - minutes*60_000})
+	a.do(&store.Accept{Destination: dest, Items: items, Accepted: adminNow.Stored() - minutes*60_000})
 }
 
 // pending returns the payloads that wait for a destination.

@@ -156,7 +156,7 @@ func (n *Node) rowsOf(kept []bus.KeptAnswer) []store.Answer {
 			continue // it was not kept in memory after all
 		}
 		rows = append(rows, store.Answer{
-			Key: k.Key, Stored: k.Stored.Wall(), Fresh: k.Fresh.Wall(), Stale: k.Stale.Wall(),
+			Key: k.Key, Stored: k.Stored.Stored(), Fresh: k.Fresh.Stored(), Stale: k.Stale.Stored(),
 			Status: int32(a.status), Header: []byte(a.header.Get("Content-Type")), Body: bytes.Clone(body),
 		})
 	}

@@ -43,7 +43,7 @@ func (n *Node) sendPacked(e bus.Send) {
 // control returns a transaction that holds nothing. What cannot be written is found out
 // by whoever reads it.
 func (n *Node) control(id string) *packed {
-	b := matrix.NewBuilder(n.takeover.origin, 1).Finish(n.clock.Now().Wall())
+	b := matrix.NewBuilder(n.takeover.origin, 1).Finish(n.clock.Now().Stored())
 	p := &packed{id: id, body: n.spool.New(), size: int64(len(b))}
 	_, err := p.body.Write(b)
 	p.body.CloseWrite(err)

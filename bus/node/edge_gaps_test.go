@@ -24,7 +24,7 @@ func eventIn(room, prev string) string {
 func TestGapsAreEventsThatHaveNotComeBy(t *testing.T) {
 	var g gaps
 	events := func() int64 { n, _ := g.report(10); return n }
-	now := sched.FromWall(1_800_000_000_000)
+	now := sched.FromStored(1_800_000_000_000)
 	note := func(pdus string) {
 		t.Helper()
 		g.note("x.test", follows(parsePDUs(t, pdus)), now)
@@ -65,7 +65,7 @@ func TestGapsAreBounded(t *testing.T) {
 	for i := range 3 * gapRooms {
 		room := fmt.Sprint("!", i)
 		g.came(mark(room))
-		g.note("x.test", follows(parsePDUs(t, eventIn(room, `"$unknown"`))), sched.FromWall(int64(i+1)))
+		g.note("x.test", follows(parsePDUs(t, eventIn(room, `"$unknown"`))), sched.FromStored(int64(i+1)))
 	}
 	if n, rooms := g.report(1000); n != 3*gapRooms || len(rooms) != gapRooms || rooms[0].Room != fmt.Sprint("!", 3*gapRooms-1) {
 		t.Errorf("%d gaps, %d rooms are remembered, the latest %+v", n, len(rooms), rooms[0])

@@ -58,8 +58,8 @@ func (o *ownAnswers) keep(r *relay, n *Node) {
 			n.notable.ownKeys(err)
 			return
 		}
-		now := n.clock.Now().Wall()
-		fresh = min(fresh, time.Duration(keys.RefreshAt(now)-now)*time.Millisecond)
+		now := n.wall()
+		fresh = min(fresh, keys.RefreshAt(now).Sub(now))
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -50,7 +50,7 @@ func (l lookJob) crashed(n *Node, err error) {
 // transaction looks for what the transaction, or its PDUs, were answered before.
 func (l lookJob) transaction() (found, all bool, err error) {
 	origin, t := l.c.auth.origin, l.c.txn
-	since := l.s.n.clock.Now().Add(-store.InboundFor).Wall()
+	since := l.s.n.clock.Now().Add(-store.InboundFor).Stored()
 	l.c.found, found, err = l.s.n.store.LoadInbound(origin, t.ID, since)
 	if found || err != nil || t.PDUs == 0 || t.EDUs > 0 {
 		return found, false, err
@@ -81,7 +81,7 @@ func (n *Node) eventAnswer(pdu []byte) []byte {
 	b := append([]byte(nil), `{"origin":`...)
 	b = matrix.AppendString(b, string(n.cfg.Load().Homeserver.ServerName))
 	b = append(b, `,"origin_server_ts":`...)
-	b = strconv.AppendInt(b, n.clock.Now().Wall(), 10)
+	b = strconv.AppendInt(b, n.clock.Now().Stored(), 10)
 	b = append(b, `,"pdus":[`...)
 	b = append(b, pdu...)
 	return append(b, "]}"...)
@@ -107,7 +107,7 @@ func pduAnswer(ids []string) []byte {
 
 // record stores answers to transactions.
 func (s *edgeShell) record(e edge.Record) {
-	now := s.n.clock.Now().Wall()
+	now := s.n.clock.Now().Stored()
 	batch := &store.Batch{Inbound: make([]store.InboundTxn, 0, len(e.Answers))}
 	for _, a := range e.Answers {
 		row := store.InboundTxn{Origin: a.Origin, ID: a.Txn.ID, Answered: now, Answer: emptyAnswer}

@@ -455,7 +455,7 @@ func TestEdgePassesWhatItHasNoKeyFor(t *testing.T) {
 
 func TestEdgeAnswersOfItsOwn(t *testing.T) {
 	r := startEdge(t, "well_known = \"matrix.us.test:443\"", config{})
-	keys, err := matrix.ServerKeys("us.test", time.Now().Add(time.Hour).UnixMilli(), []matrix.SigningKey{us.Key}, nil)
+	keys, err := matrix.ServerKeys("us.test", matrix.At(time.Now().Add(time.Hour)), []matrix.SigningKey{us.Key}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -856,7 +856,7 @@ func TestEdgeLooksForANewKeyBeforeItSaysForged(t *testing.T) {
 		defer k.mu.Unlock()
 		e := k.known[ringKey{name, id}]
 		e.public = r.world.SigningKey(1).Public() // as it was
-		e.fetched -= 2 * trustFor.Milliseconds()
+		e.fetched = e.fetched.Add(-2 * trustFor)
 		k.known[ringKey{name, id}] = e
 	}
 	age()

@@ -64,7 +64,7 @@ type keyWish struct {
 func (s *edgeShell) wish(w *keyWish) bus.Event {
 	s.lastKey++
 	s.wanted[s.lastKey] = w
-	return bus.KeyWanted{For: s.lastKey, Server: w.job.c.auth.origin, KeyID: w.id, Newer: w.newer}
+	return bus.KeyWanted{For: s.lastKey, Server: w.job.c.auth.origin, KeyID: w.id, Newer: w.newer, Now: s.n.wall()}
 }
 
 // fetched goes on with what waited for a key.
@@ -141,7 +141,7 @@ func (s *edgeShell) verify(j verifyJob) verdict {
 			// It may have been signed in another spelling of its numbers, and only what
 			// is sure is called forged.
 			return verdict{Verified: edge.Verified{Verdict: edge.NoKey, Text: "the signature does not fit the body as it is spelt", Tried: true}}
-		case errors.Is(err, matrix.ErrSignature) && !j.asked && s.n.clock.Now().Wall()-x.fetched > trustFor.Milliseconds():
+		case errors.Is(err, matrix.ErrSignature) && !j.asked && s.n.wall().Sub(x.fetched).Abs() > trustFor:
 			return verdict{edge.Verified{Verdict: edge.NoKey, Text: "the known key does not fit"}, &keyWish{id: x.Key, newer: true}}
 		case errors.Is(err, matrix.ErrSignature):
 			return verdict{Verified: edge.Verified{Verdict: edge.Forged, Text: fmt.Sprintf("the signature with %s is not that of %s", x.Key, origin)}}

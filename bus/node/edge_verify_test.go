@@ -16,7 +16,7 @@ func TestEdgeCallsNothingForgedThatItDidNotAskAbout(t *testing.T) {
 	s, name, id := r.node.edge, r.world.Names()[0], r.world.SigningKey(0).ID()
 	s.ring.mu.Lock()
 	e := s.ring.known[ringKey{name, id}]
-	e.fetched -= 2 * trustFor.Milliseconds()
+	e.fetched = e.fetched.Add(-2 * trustFor)
 	s.ring.known[ringKey{name, id}] = e
 	s.ring.mu.Unlock()
 	const target = "/_matrix/federation/v1/event/$a"

@@ -143,7 +143,7 @@ func isNetwork(err error) bool {
 }
 
 // originKeys reads what a server says of its own keys.
-func (n *Node) originKeys(server matrix.ServerName, resp *http.Response, body io.Reader, now int64) ([]store.ServerKeys, error) {
+func (n *Node) originKeys(server matrix.ServerName, resp *http.Response, body io.Reader, now matrix.Timestamp) ([]store.ServerKeys, error) {
 	if !isJSON(resp.Header) {
 		return nil, fmt.Errorf("%w: content type %q", matrix.ErrServerKeys, resp.Header.Get("Content-Type"))
 	}
@@ -156,7 +156,7 @@ func (n *Node) originKeys(server matrix.ServerName, resp *http.Response, body io
 
 // keysToStore checks what a server says of its own keys and returns it as it is
 // stored: as its own word, and countersigned if the bus is a notary.
-func (n *Node) keysToStore(server matrix.ServerName, object []byte, now int64) ([]store.ServerKeys, error) {
+func (n *Node) keysToStore(server matrix.ServerName, object []byte, now matrix.Timestamp) ([]store.ServerKeys, error) {
 	o, err := matrix.CheckServerKeys(object, server)
 	if err != nil {
 		return nil, err
@@ -176,7 +176,7 @@ func (n *Node) keysToStore(server matrix.ServerName, object []byte, now int64) (
 // for, is signed by the server itself, and carries the notary's signature: the
 // homeserver would refuse it without. It returns also the servers for which that
 // leaves a wish.
-func (n *Node) notaryKeys(e *errand, resp *http.Response, body io.Reader, now int64) (keys []store.ServerKeys, missing []matrix.ServerName, err error) {
+func (n *Node) notaryKeys(e *errand, resp *http.Response, body io.Reader, now matrix.Timestamp) (keys []store.ServerKeys, missing []matrix.ServerName, err error) {
 	wanted := make(map[matrix.ServerName][]matrix.KeyWant, len(e.send.Notary))
 	for _, w := range e.send.Notary {
 		wanted[w.Server] = append(wanted[w.Server], w)
@@ -254,7 +254,7 @@ func namedIn(object []byte) matrix.ServerName {
 
 // foundKeys returns what is stored of a notary's answer: the objects of one server
 // side by side, as they stand in an answer to a query.
-func (n *Node) foundKeys(e *errand, found map[matrix.ServerName][]keyObject, now int64) (keys []store.ServerKeys) {
+func (n *Node) foundKeys(e *errand, found map[matrix.ServerName][]keyObject, now matrix.Timestamp) (keys []store.ServerKeys) {
 	for server, objects := range found { // in no order; each is a row of its own
 		k := store.ServerKeys{Via: e.send.Dest, Server: server, Fetched: now}
 		for _, o := range objects {

@@ -82,7 +82,7 @@ func (n *Node) forNotary(in *netx.Inbound, a bus.Arrived) {
 		}
 		n.replyNow(in, http.StatusBadRequest, matrix.ErrorJSON(matrix.MBadJSON, "fsbus: this is no query for server keys, or too large a one"))
 	case "server_keys":
-		until := n.wall() + ownKeyValid.Milliseconds()
+		until := n.wall().Add(ownKeyValid)
 		body, err := matrix.ServerKeys(string(n.notary.name), until, []matrix.SigningKey{n.notary.key}, nil)
 		if err != nil {
 			panic(fmt.Sprintf("node: own key object: %v", err))

@@ -49,8 +49,8 @@ type absence struct {
 // ringEntry is a key; with public nil it is none.
 type ringEntry struct {
 	public  ed25519.PublicKey
-	fetched int64     // when its server said that it is in use, Unix time in milliseconds
-	until   time.Time // when the store is looked into again
+	fetched matrix.Timestamp // when its server said that it is in use
+	until   time.Time        // when the store is looked into again
 }
 
 func newKeyring(n *Node) *keyring {
@@ -139,7 +139,7 @@ func (k *keyring) stored(server matrix.ServerName, id string, now time.Time) (e 
 			for _, o := range objects {
 				if p, ok := o.RequestKey(id, k.n.wall(), row.Fetched); ok && row.Fetched > e.fetched {
 					e = ringEntry{public: p, fetched: row.Fetched, until: now.Add(ringFresh)}
-					if end := time.UnixMilli(o.ValidUntil); end.Before(e.until) {
+					if end := o.ValidUntil.Std(); end.Before(e.until) {
 						e.until = end
 					}
 				}

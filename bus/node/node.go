@@ -141,7 +141,7 @@ type effect struct {
 // wall returns the time by the system's clock, in Unix ms. Keys are valid by that. The
 // bus's own time does not follow when the clock is set, as on a board that has none of
 // its own and has just reached a time server.
-func (n *Node) wall() int64 { return time.Now().UnixMilli() }
+func (n *Node) wall() matrix.Timestamp { return matrix.At(time.Now()) }
 
 // machine lets the loop run both cores while the node keeps its own books of
 // what has arrived and left.

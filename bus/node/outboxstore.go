@@ -62,7 +62,7 @@ func (n *Node) noteCommit(op store.OutboxOp, err error) {
 func (n *Node) accept(e bus.Accept) {
 	in, txn := n.requests[e.Req].in, n.requests[e.Req].txn
 	op := &store.Accept{
-		Destination: in.Destination, TxnID: txn, Accepted: n.clock.Now().Wall(), Bytes: in.Size,
+		Destination: in.Destination, TxnID: txn, Accepted: n.clock.Now().Stored(), Bytes: in.Size,
 		Load: func(dst []matrix.Item) ([]matrix.Item, error) {
 			body, done, err := n.takeover.bulk.whole(in.Body, in.Size)
 			defer done()
@@ -94,7 +94,7 @@ func (n *Node) accept(e bus.Accept) {
 
 func (n *Node) pack(e bus.Pack) {
 	op := &store.Pack{
-		Destination: e.Dest, NewID: e.TxnID, Now: n.clock.Now().Wall(),
+		Destination: e.Dest, NewID: e.TxnID, Now: n.clock.Now().Stored(),
 		Origin: n.cfg.Load().Homeserver.ServerName, MaxBytes: int(e.MaxBytes),
 	}
 	n.apply(op, func(err error) event {
@@ -112,7 +112,7 @@ func (n *Node) pack(e bus.Pack) {
 			return event{Event: ev}
 		}
 		ev.Txn = bus.TxnInfo{
-			ID: r.ID, Again: r.Again, PDUs: int32(r.PDUs), EDUs: int32(r.EDUs), Bytes: int64(len(r.Body)), Oldest: sched.FromWall(r.Oldest),
+			ID: r.ID, Again: r.Again, PDUs: int32(r.PDUs), EDUs: int32(r.EDUs), Bytes: int64(len(r.Body)), Oldest: sched.FromStored(r.Oldest),
 		}
 		p := &packed{id: r.ID, body: n.spool.New(), size: int64(len(r.Body))}
 		_, err = p.body.Write(r.Body)
@@ -129,7 +129,7 @@ func (n *Node) pack(e bus.Pack) {
 }
 
 func (n *Node) settle(e bus.Settle) {
-	op := &store.Settle{Destination: e.Dest, TxnID: e.TxnID, Now: n.clock.Now().Wall(), Reason: e.Reason}
+	op := &store.Settle{Destination: e.Dest, TxnID: e.TxnID, Now: n.clock.Now().Stored(), Reason: e.Reason}
 	switch e.Outcome {
 	case bus.Delivered:
 		op.Outcome = store.Delivered
@@ -154,7 +154,7 @@ func (n *Node) settle(e bus.Settle) {
 }
 
 func (n *Node) compact(e bus.Compact) {
-	op := &store.Compact{Destination: e.Dest, Now: n.clock.Now().Wall()}
+	op := &store.Compact{Destination: e.Dest, Now: n.clock.Now().Stored()}
 	n.apply(op, func(err error) event {
 		r := &op.Result
 		ev := bus.Trimmed{Batch: e.Batch, OK: err == nil}
@@ -174,7 +174,7 @@ func (n *Node) compact(e bus.Compact) {
 }
 
 func (n *Node) expire(e bus.Expire) {
-	op := &store.Expire{Now: n.clock.Now().Wall(), After: e.After}
+	op := &store.Expire{Now: n.clock.Now().Stored(), After: e.After}
 	n.apply(op, func(err error) event {
 		r := &op.Result
 		ev := bus.Trimmed{Batch: e.Batch, OK: err == nil}
@@ -198,5 +198,5 @@ func countsOf(k store.KindTotals) (n [matrix.NumKinds + 1]int32) {
 
 // backlogOf translates what the store knows of a destination.
 func backlogOf(d store.Destination) bus.Backlog {
-	return bus.Backlog{Items: countsOf(d.Kinds), Bytes: d.Kinds.Sum().Bytes, Oldest: sched.FromWall(d.Oldest), Frozen: d.Frozen, Held: d.Held}
+	return bus.Backlog{Items: countsOf(d.Kinds), Bytes: d.Kinds.Sum().Bytes, Oldest: sched.FromStored(d.Oldest), Frozen: d.Frozen, Held: d.Held}
 }

@@ -57,7 +57,7 @@ func (a *adminTest) lines(name string) (list []droppedItem) {
 func (a *adminTest) fillDrop(name matrix.ServerName) {
 	a.t.Helper()
 	a.accept(name, 3, matrix.KindOther, `{"n":1}`, `{"n":2}`)
-	a.do(&store.Pack{Destination: name, NewID: "b1", Now: adminNow.Wall(), Origin: "us.test", MaxBytes: 5000})
+	a.do(&store.Pack{Destination: name, NewID: "b1", Now: adminNow.Stored(), Origin: "us.test", MaxBytes: 5000})
 	a.accept(name, 2, matrix.KindOther, `{"n":3}`)
 	a.accept(name, 1, matrix.KindPresence, `{"n":"<&>\u2028"}`)
 	a.accept(name, 1, matrix.KindPDU, `{"n":5}`)

@@ -128,7 +128,7 @@ func (a *adminServer) rows(ctx context.Context, match func(string) bool) (rows [
 	slices.SortFunc(rows, func(x, y listed) int { return cmp.Compare(x.name, y.name) })
 	reading, cancel := context.WithTimeout(ctx, adminReading)
 	defer cancel()
-	err = a.store.LoadAges(reading, a.now().Wall(), func(name matrix.ServerName, ages store.Ages) error {
+	err = a.store.LoadAges(reading, a.now().Stored(), func(name matrix.ServerName, ages store.Ages) error {
 		i, ok := slices.BinarySearchFunc(rows, name, func(r listed, n matrix.ServerName) int { return cmp.Compare(r.name, n) })
 		if ok {
 			for k, n := range ages {

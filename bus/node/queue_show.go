@@ -166,10 +166,10 @@ func (a *adminServer) items(ctx context.Context, now sched.Time, head *showHead,
 		if oldest == 0 || it.Accepted < oldest {
 			oldest = it.Accepted
 		}
-		head.Ages[ageColumn(now.Wall()-it.Accepted)]++
+		head.Ages[ageColumn(now.Stored()-it.Accepted)]++
 		return nil
 	})
-	head.OldestSeconds = since(now, sched.FromWall(oldest))
+	head.OldestSeconds = since(now, sched.FromStored(oldest))
 	head.Kinds = kindReports(kinds)
 	return list, err
 }
@@ -197,10 +197,10 @@ func kindReports(totals store.KindTotals) []kindReport {
 
 func newItemReport(now sched.Time, it *store.PendingItem) itemReport {
 	r := itemReport{
-		ID: it.ID, Kind: it.Kind.String(), Bytes: it.Size, AgeSeconds: since(now, sched.FromWall(it.Accepted)), Frozen: it.Frozen,
+		ID: it.ID, Kind: it.Kind.String(), Bytes: it.Size, AgeSeconds: since(now, sched.FromStored(it.Accepted)), Frozen: it.Frozen,
 	}
 	if it.Expires > 0 {
-		in := seconds(sched.FromWall(it.Expires).Sub(now))
+		in := seconds(sched.FromStored(it.Expires).Sub(now))
 		r.ExpiresIn = &in
 	}
 	return r
@@ -214,7 +214,7 @@ func (a *adminServer) asideOf(ctx context.Context, now sched.Time, name matrix.S
 		if name == "" || it.Destination == name {
 			list = append(list, asideReport{
 				it.ID, string(it.Destination), it.Kind.String(), int64(len(it.Payload)),
-				since(now, sched.FromWall(it.Accepted)), since(now, sched.FromWall(it.At)), it.Reason,
+				since(now, sched.FromStored(it.Accepted)), since(now, sched.FromStored(it.At)), it.Reason,
 			})
 		}
 		return nil

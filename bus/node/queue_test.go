@@ -113,7 +113,7 @@ func TestQueueOfTenThousand(t *testing.T) {
 	const many = 10_000
 	for i := range many {
 		ops = append(ops, &store.Accept{
-			Destination: matrix.ServerName(fmt.Sprintf("s%d.test", i)), Accepted: adminNow.Wall(),
+			Destination: matrix.ServerName(fmt.Sprintf("s%d.test", i)), Accepted: adminNow.Stored(),
 			Items: []matrix.Item{{Kind: matrix.KindOther, Payload: []byte(`{}`)}},
 		})
 	}
@@ -145,7 +145,7 @@ func TestQueueShow(t *testing.T) {
 	a := newAdminTest(t)
 	a.fill()
 	a.accept("dead.test", 20, matrix.KindPresence, `{"u":1}`)
-	a.do(&store.Pack{Destination: "dead.test", NewID: "b1", Now: adminNow.Wall(), Origin: "us.test", MaxBytes: 500})
+	a.do(&store.Pack{Destination: "dead.test", NewID: "b1", Now: adminNow.Stored(), Origin: "us.test", MaxBytes: 500})
 	a.accept("dead.test", 40, matrix.KindPresence, `{"u":2}`)
 	const head = `dead.test: backing off
   pending     8 items, 68 B, the oldest for 2d18h
@@ -310,8 +310,8 @@ func TestQueueAside(t *testing.T) {
 	a.prints("nothing is set aside\n", "aside")
 	for _, name := range []matrix.ServerName{"a.test", "b.test"} {
 		a.accept(name, 10, matrix.KindOther, `{"x":1}`)
-		a.do(&store.Pack{Destination: name, NewID: "b1", Now: adminNow.Wall(), Origin: "us.test", MaxBytes: 5000},
-			&store.Settle{Destination: name, TxnID: "b1", Outcome: store.Bisect, Now: adminNow.Wall() - 60_000, Reason: "M_UNKNOWN: no"})
+		a.do(&store.Pack{Destination: name, NewID: "b1", Now: adminNow.Stored(), Origin: "us.test", MaxBytes: 5000},
+			&store.Settle{Destination: name, TxnID: "b1", Outcome: store.Bisect, Now: adminNow.Stored() - 60_000, Reason: "M_UNKNOWN: no"})
 	}
 	a.prints(`ID  DESTINATION  KIND   SIZE  AGE    ASIDE FOR  REASON
 1   a.test       other  7 B   10m0s  1m0s       M_UNKNOWN: no

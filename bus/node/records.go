@@ -18,7 +18,7 @@ func toStore(records []bus.HostRecord) []store.Host {
 	for i, r := range records {
 		hosts[i] = store.Host{
 			Name: r.Name, Failures: r.Failures, Failure: r.LastFailure, Status: int32(r.LastStatus), Error: r.Detail,
-			FailingSince: r.FirstFailure.Wall(), FailedAt: r.LastTry.Wall(), RetryAt: r.NextTry.Wall(), SucceededAt: r.LastSuccess.Wall(),
+			FailingSince: r.FirstFailure.Stored(), FailedAt: r.LastTry.Stored(), RetryAt: r.NextTry.Stored(), SucceededAt: r.LastSuccess.Stored(),
 		}
 	}
 	return hosts
@@ -29,7 +29,7 @@ func fromStore(hosts []store.Host) []bus.HostRecord {
 	for i, h := range hosts {
 		records[i] = bus.HostRecord{
 			Name: h.Name, Failures: h.Failures, LastFailure: h.Failure, LastStatus: int(h.Status), Detail: h.Error,
-			FirstFailure: sched.FromWall(h.FailingSince), LastTry: sched.FromWall(h.FailedAt), NextTry: sched.FromWall(h.RetryAt), LastSuccess: sched.FromWall(h.SucceededAt),
+			FirstFailure: sched.FromStored(h.FailingSince), LastTry: sched.FromStored(h.FailedAt), NextTry: sched.FromStored(h.RetryAt), LastSuccess: sched.FromStored(h.SucceededAt),
 		}
 	}
 	return records
@@ -51,7 +51,7 @@ func (n *Node) loadQueues(ctx context.Context) (list []bus.QueueRecord, err erro
 // that was asked last.
 func (n *Node) loadKnown(ctx context.Context, cfg *Config) (list []bus.AnswerRecord, notary matrix.ServerName, err error) {
 	err = n.store.AnswerIndex(ctx, cfg.Outbound.CacheEntries, func(a store.AnswerInfo) error {
-		list = append(list, bus.AnswerRecord{Key: a.Key, Stored: sched.FromWall(a.Stored), Fresh: sched.FromWall(a.Fresh), Stale: sched.FromWall(a.Stale)})
+		list = append(list, bus.AnswerRecord{Key: a.Key, Stored: sched.FromStored(a.Stored), Fresh: sched.FromStored(a.Fresh), Stale: sched.FromStored(a.Stale)})
 		return nil
 	})
 	if err != nil {

@@ -27,7 +27,7 @@ type keyFetch struct{ via, server matrix.ServerName }
 
 // keyWorld is what a store has of keys, and who is asked for them.
 type keyWorld struct {
-	stored  map[keyID]int64 // until when it is valid
+	stored  map[keyID]matrix.Timestamp // until when it is valid
 	fetches map[keyFetch]bool
 	running map[matrix.ServerName]int // batches at a notary
 	wanted  map[uint64]bool           // KeyWanted that is not over
@@ -59,7 +59,7 @@ func (w *World) drawWants(own bool) (list []matrix.KeyWant) {
 			name = w.remotes[i].name
 		}
 		for id := range 1 + w.rng.IntN(2) {
-			list = append(list, matrix.KeyWant{Server: name, KeyID: fmt.Sprint("ed25519:", id), MinValid: int64(w.rng.IntN(3)) * 10})
+			list = append(list, matrix.KeyWant{Server: name, KeyID: fmt.Sprint("ed25519:", id), MinValid: matrix.Timestamp(w.rng.IntN(3)) * 10})
 		}
 	}
 	return list
@@ -92,7 +92,7 @@ func (w *World) comesIn() {
 	r.stranger = true
 	w.keys.last++
 	w.keys.wanted[w.keys.last] = true
-	w.step(bus.KeyWanted{For: w.keys.last, Server: r.name, KeyID: fmt.Sprint("ed25519:", w.rng.IntN(2))})
+	w.step(bus.KeyWanted{For: w.keys.last, Server: r.name, KeyID: fmt.Sprint("ed25519:", w.rng.IntN(2)), Now: w.wall()})
 }
 
 // seeAhead tells the core what is in an answer to a join.
@@ -189,7 +189,7 @@ func (w *World) hasKeys(a *attempt, well bool) (missing []matrix.ServerName) {
 		case a.via == ownName:
 			for id := range 2 {
 				w.keys.stored[keyID{a.via, s, fmt.Sprint("ed25519:", id)}] = 15
-				w.keys.stored[keyID{s, s, fmt.Sprint("ed25519:", id)}] = w.now.Add(time.Hour).Wall()
+				w.keys.stored[keyID{s, s, fmt.Sprint("ed25519:", id)}] = w.wall().Add(time.Hour)
 			}
 		default:
 			for _, want := range a.asks {
@@ -207,7 +207,7 @@ func (w *World) bootKeys() {
 	w.keys.fetches, w.keys.running = map[keyFetch]bool{}, map[matrix.ServerName]int{}
 	w.keys.wanted, w.keys.joining = map[uint64]bool{}, map[string]bool{}
 	if w.keys.stored == nil {
-		w.keys.stored = map[keyID]int64{}
+		w.keys.stored = map[keyID]matrix.Timestamp{}
 	}
 }
 

@@ -174,6 +174,7 @@ type World struct {
 	epoch  int // of the core: events of an earlier one are dropped
 
 	bootedAt sched.Time
+	jumped   time.Duration // how far the system's clock is from where it was
 
 	out     *outboxWorld // nil: there is no outbox
 	healed  bool
@@ -250,6 +251,7 @@ func NewWorld(seed uint64, p Profile) *World {
 	if p.Lookups {
 		w.scheduleLookups(at)
 	}
+	w.scheduleJumps(w.end)
 	if w.profile.Crash {
 		w.future.Set(w.now.Add(time.Duration(w.rng.Int64N(int64(at-w.now)))), w.crash)
 	}
@@ -258,7 +260,9 @@ func NewWorld(seed uint64, p Profile) *World {
 
 // boot starts a core with what the disk has.
 func (w *World) boot() {
-	w.epoch++
+	if w.epoch++; w.epoch > 1 {
+		w.reboot()
+	}
 	w.bootedAt = w.now
 	w.drained = false
 	w.reqs, w.atts, w.onceSent = map[bus.ReqID]*request{}, map[bus.OpID]*attempt{}, map[bus.ReqID]bool{}

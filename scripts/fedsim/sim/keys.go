@@ -117,7 +117,7 @@ func (s *server) publicKeys() []byte {
 }
 
 func serverKeys(name matrix.ServerName, now time.Time, key matrix.SigningKey) []byte {
-	body, err := matrix.ServerKeys(string(name), now.Add(keyLife).UnixMilli(), []matrix.SigningKey{key}, nil)
+	body, err := matrix.ServerKeys(string(name), matrix.At(now.Add(keyLife)), []matrix.SigningKey{key}, nil)
 	if err != nil {
 		panic(fmt.Sprintf("sim: keys of %s: %v", name, err))
 	}
