@@ -139,6 +139,10 @@
 // answered ends the wait for a host that could not be reached, and no other; nor does a
 // server that answers no requests go without its events.
 //
+// A 401 is about our key, as its receiver knows it. Such a wait ends a second after
+// somebody has fetched our keys (KeyServed, at most every 30 s), and at once when the key
+// is another (KeyChanged).
+//
 // A pause is an hour at the longest. What is durable waits ten minutes, or for long
 // outages a sixteenth of the outage, so that it arrives soon after a repair. A user's
 // message, or request for keys, may have a host tried ahead of its time (spend.go).

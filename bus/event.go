@@ -122,6 +122,12 @@ type KeyWanted struct {
 // Alive: something came from a server that it has signed.
 type Alive struct{ Server matrix.ServerName }
 
+// KeyServed: another server has fetched our keys.
+type KeyServed struct{}
+
+// KeyChanged: the homeserver signs with another key from now on.
+type KeyChanged struct{}
+
 // ServersSeen: these servers are in a room that is being joined.
 type ServersSeen struct {
 	Room    string
@@ -253,6 +259,8 @@ func (KeysLoaded) event()   {}
 func (KeysSeen) event()     {}
 func (KeyWanted) event()    {}
 func (Alive) event()        {}
+func (KeyServed) event()    {}
+func (KeyChanged) event()   {}
 func (ServersSeen) event()  {}
 func (Gone) event()         {}
 func (Connected) event()    {}

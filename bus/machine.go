@@ -178,6 +178,10 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 		m.keyWanted(ev)
 	case Alive:
 		m.alive(ev.Server)
+	case KeyServed:
+		m.keyServed()
+	case KeyChanged:
+		m.trustAgain(m.now, m.now)
 	case Offered:
 		m.offered(ev)
 	case Accepted:

@@ -29,7 +29,8 @@ type outbox struct {
 	settles map[BatchID]*settling
 	trims   map[BatchID]*queue // nil: the sweep of all
 
-	unsettled int // outcomes that the store could not note, and is asked to again
+	served    sched.Time // when a fetch of our keys last ended waits
+	unsettled int        // outcomes that the store could not note, and is asked to again
 
 	txnPrefix string
 	txns      uint64

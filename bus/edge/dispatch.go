@@ -398,7 +398,7 @@ func (m *Machine) done(c *call, ev Done) {
 		return
 	}
 	m.emit(Discard{c.op})
-	again := lost || c.endpoint.CancelSafe && c.unknown+1 < maxTries
+	again := !ev.Final && (lost || c.endpoint.CancelSafe && c.unknown+1 < maxTries)
 	switch {
 	case c.status != 0, len(c.waiters) == 0:
 		m.end(c)

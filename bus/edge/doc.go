@@ -94,7 +94,8 @@
 //
 // When the homeserver cannot be
 // reached, one request now and then finds out whether it is back, and the windows
-// begin at their least: 1 transaction, 2 requests.
+// begin at their least: 1 transaction, 2 requests. A request that the shell can answer
+// itself then (Done.Final), such as that for our keys, does not wait for it.
 //
 // # The order of answer and record
 //

@@ -129,6 +129,7 @@ type Done struct {
 	Failure matrix.Failure // FailNone when the whole answer has arrived
 	Detail  string         // what went wrong, for people
 	Unsent  bool           // nothing of the request can have reached the homeserver
+	Final   bool           // who asks can be answered without the homeserver, so it is not asked again
 }
 
 // Recorded: a Record is on disk, or could not be written. Exactly one comes for

@@ -158,6 +158,14 @@ func (s *edgeShell) write(c *caller, do func() error, from io.Closer) {
 }
 
 func (s *edgeShell) refuse(c *caller, e edge.Refuse) {
+	if e.Status >= http.StatusInternalServerError {
+		if body := s.stand(c.endpoint, c.q.Target); body != nil {
+			s.counts.own.Add(1)
+			s.keysServed(c.endpoint)
+			s.answer(c, http.StatusOK, nil, body)
+			return
+		}
+	}
 	var h http.Header
 	ms := int64(0)
 	if e.RetryAfter > 0 {

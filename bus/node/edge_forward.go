@@ -62,6 +62,7 @@ func (r *relay) run(s *edgeShell) {
 // read looks into an answer of which something is kept.
 func (r *relay) read(s *edgeShell) {
 	s.own.keep(r, s.n)
+	s.keysServed(r.c.endpoint)
 	if r.c.txn != nil && r.c.authentic && r.status == http.StatusOK {
 		r.acknowledged(s)
 	}
@@ -129,10 +130,13 @@ func (s *edgeShell) exchange(r *relay) (done edge.Done) {
 	resp, err := s.upstream.Do(r.ctx, req)
 	if err != nil {
 		if errors.Is(err, netx.ErrUpstreamDown) {
-			s.own.forget() // it may come back with another key
+			s.own.asked(false)
 		}
-		return s.unforwarded(err)
+		done := s.unforwarded(err)
+		done.Final = s.stand(r.c.endpoint, q.Target) != nil
+		return done
 	}
+	s.own.asked(true)
 	defer resp.Body.Close()
 	limit := s.n.cfg.Load().maxAnswer(r.c.endpoint)
 	if resp.ContentLength > limit {

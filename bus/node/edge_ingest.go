@@ -97,8 +97,13 @@ func (s *edgeShell) check(q *netx.EdgeRequest) *netx.EdgeRefusal {
 		s.counts.unknown.Add(1)
 		return &netx.EdgeRefusal{Status: http.StatusMethodNotAllowed, Errcode: matrix.MUnrecognized, Message: "Unrecognized request", Header: http.Header{"Allow": {strings.Join(methods, ", ")}}}
 	}
-	if body, ok := s.own.get(ep, q.Target); ok {
+	body, ok := s.own.get(ep, q.Target, s.signingKeys())
+	if !ok && s.own.isAway() {
+		body = s.stand(ep, q.Target)
+	}
+	if body != nil {
 		s.counts.own.Add(1)
+		s.keysServed(ep)
 		return &netx.EdgeRefusal{Status: http.StatusOK, Body: body}
 	}
 	if ep.Unsigned {

@@ -477,6 +477,62 @@ func TestEdgeAnswersOfItsOwn(t *testing.T) {
 	}
 }
 
+// A server that has to check a signature of a homeserver that restarts gets its keys all
+// the same, and never a document from before the key was changed.
+func TestEdgeSaysTheKeysWhileTheHomeserverIsAway(t *testing.T) {
+	r := newEdgeRig(t, "", withOutbox(t, ""))
+	r.start(hooks{})
+	former, err := matrix.NewSigningKey(bytes.Repeat([]byte{7}, 32), "former")
+	if err != nil {
+		t.Fatal(err)
+	}
+	signs := former
+	r.home.answers(func(w http.ResponseWriter, req *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		r.home.mu.Lock()
+		defer r.home.mu.Unlock()
+		keys, err := matrix.ServerKeys("us.test", matrix.At(time.Now().Add(time.Hour)), []matrix.SigningKey{signs}, nil)
+		if err != nil {
+			t.Error(err)
+		}
+		w.Write(keys)
+	})
+	ask := func() *matrix.ServerKeyObject {
+		t.Helper()
+		status, body := r.send(r.withAuth("", "GET", serverKeysTarget, ""))
+		o, err := matrix.CheckServerKeys([]byte(body), "us.test")
+		if status != 200 || err != nil {
+			t.Fatalf("%d %s: %v", status, body, err)
+		}
+		return o
+	}
+	if o := ask(); o.Verify[former.ID()] == nil {
+		t.Fatalf("%+v", o)
+	}
+	r.home.mu.Lock()
+	signs = us.Key // it was away for a moment, and nobody saw it
+	r.home.mu.Unlock()
+	if o := ask(); o.Verify[us.Key.ID()] == nil || o.Verify[former.ID()] != nil {
+		t.Fatalf("a document from before the change is given: %+v", o)
+	}
+	own := r.node.edge.counts.own.Load()
+	r.sends(r.withAuth("", "GET", serverKeysTarget, ""), 200, "")
+	if r.node.edge.counts.own.Load() != own+1 {
+		t.Error("the new document is not kept")
+	}
+	r.home.down()
+	o := &r.node.edge.own
+	o.mu.Lock()
+	clear(o.kept) // the time is over for which it was kept
+	o.mu.Unlock()
+	for range 3 { // the first finds out that it is away
+		if o := ask(); o.Verify[us.Key.ID()] == nil || o.ValidUntil > matrix.At(time.Now().Add(saidValid)) {
+			t.Fatalf("%+v", o)
+		}
+	}
+	r.until("the homeserver is known to be away", func() bool { return !r.report().Edge.Homeserver.Up })
+}
+
 // What the bus is about to deliver to a server, that server need not ask the
 // homeserver for.
 func TestEdgeAnswersAnEventFromTheOutbox(t *testing.T) {

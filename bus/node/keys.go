@@ -15,7 +15,9 @@ const maxKeyFile = 64 * sched.KiB
 // Keys are a homeserver's signing keys: the one to sign with, and those by which
 // its signatures are known.
 type Keys struct {
-	signing matrix.SigningKey            // the file's first, which Synapse signs with, too
+	signing matrix.SigningKey            // the file's first, which Synapse signs requests with, too
+	private []matrix.SigningKey          // all of the file
+	old     []matrix.OldKey              // those that the file says are no longer in use
 	public  map[string]ed25519.PublicKey // by key id, old ones included
 }
 
@@ -29,7 +31,7 @@ func readKeys(path string) (*Keys, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &Keys{signing: keys[0], public: make(map[string]ed25519.PublicKey)}
+	k := &Keys{signing: keys[0], private: keys, old: old, public: make(map[string]ed25519.PublicKey)}
 	for _, o := range old {
 		k.public[o.ID] = o.Public
 	}

@@ -695,6 +695,7 @@ func (n *Node) reload(cfg *Config) {
 	if !next.Homeserver.keys.equal(old.Homeserver.keys) || n.takeover.reason() != "" {
 		n.takeover.use(next.Homeserver.keys)
 		n.loop.Post(event{Event: bus.Suspended{}})
+		n.loop.Post(event{Event: bus.KeyChanged{}})
 	}
 	n.loop.Post(event{Event: bus.Reconfigured{Config: next.Core()}})
 	if n.edge != nil {
