@@ -160,7 +160,9 @@ func (f *Front) check(in *Inbound, r *http.Request) error {
 	if errors.Is(err, matrix.ErrNotFederation) {
 		return refuseScheme
 	}
-	if !f.authorized(r.Header["Proxy-Authorization"]) {
+	right := f.authorized(r.Header["Proxy-Authorization"])
+	f.noteSecret(right, in.Received)
+	if !right {
 		return refuseSecret
 	}
 	if err != nil {
@@ -184,6 +186,25 @@ func (f *Front) authorized(values []string) bool {
 	scheme, token, _ := strings.Cut(values[0], " ")
 	sum := sha256.Sum256([]byte(strings.Trim(token, " ")))
 	return strings.EqualFold(scheme, "Bearer") && subtle.ConstantTimeCompare(sum[:], f.secret[:]) == 1
+}
+
+// noteSecret counts a request with the secret, or one without it.
+func (f *Front) noteSecret(right bool, now time.Time) {
+	f.mu.Lock()
+	s := &f.stats.Secret
+	if right {
+		s.LastRight, s.FirstWrong = now, time.Time{}
+	} else {
+		s.Wrong++
+		s.LastWrong = now
+		if s.FirstWrong.IsZero() {
+			s.FirstWrong = now
+		}
+	}
+	f.mu.Unlock()
+	if !right && f.cfg.WrongSecret != nil {
+		f.cfg.WrongSecret()
+	}
 }
 
 // readBody reads the body, if there is one, into the spool. After an error

@@ -86,6 +86,10 @@ type FrontConfig struct {
 	// the connection.
 	Handle func(*Inbound)
 
+	// WrongSecret is told of each request without Secret, if it is not nil. It must not
+	// block.
+	WrongSecret func()
+
 	// Gone is told that the client closed its connection, or its sending half
 	// of it, while its request was parked. It is called at most once for a
 	// request, after Handle returned, never once Reply, Stream or Abort has
@@ -162,6 +166,15 @@ type FrontStats struct {
 	Gone     uint64         // clients that went away while parked
 	Cut      uint64         // clients that went away inside the request's body
 	Refused  map[int]uint64 // answers of the Front itself, by status code
+	Secret   SecretStats
+}
+
+// SecretStats says whether the requests have the secret.
+type SecretStats struct {
+	Wrong      int64     // requests without it
+	LastRight  time.Time // when the last request with it came; zero: never
+	FirstWrong time.Time // when the first without it came since then; zero: none did
+	LastWrong  time.Time // when the last without it came; zero: never
 }
 
 // NewFront returns a Front that serves nothing yet. It panics when a required

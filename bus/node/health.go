@@ -55,6 +55,10 @@ func (n *Node) health() string {
 	if why := n.takeover.reason(); why != "" {
 		return "the outbox stands still, transactions are carried through: " + why
 	}
+	front := n.front.Stats()
+	if why := wrongSecret(&front.Secret, time.Now()); why != "" {
+		return why
+	}
 	if why := n.edge.health(); why != "" {
 		return why
 	}

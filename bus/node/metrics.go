@@ -58,6 +58,13 @@ func writeMetrics(w io.Writer, r *Report) error {
 	e.one("fsbus_healthy", "gauge", "1 if /health says ok.", healthy)
 	e.one("fsbus_start_time_seconds", "gauge", "When the process started, in seconds since the epoch.", float64(r.Started.Unix()))
 
+	seen := 0.0
+	if r.Homeserver.LastSeen != nil {
+		seen = float64(r.Homeserver.LastSeen.Unix())
+	}
+	e.one("fsbus_homeserver_last_seen_seconds", "gauge", "When the last request with the right secret came, in seconds since the epoch; 0 if none has.", seen)
+	e.one("fsbus_wrong_secret_total", "counter", "Requests without the right secret, answered 407.", float64(r.Homeserver.WrongSecret))
+
 	e.family("fsbus_budget_used", "gauge", "What is in use of each bounded resource.")
 	for _, b := range r.Budgets {
 		e.sample("fsbus_budget_used", float64(b.Used), "resource", b.Name, "unit", b.Unit)

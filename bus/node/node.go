@@ -304,7 +304,7 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 			}
 			return int64(n.cfg.Load().Front.MaxBody)
 		},
-		Spool: n.spool, Logger: log, Handle: n.ingest, Gone: n.gone,
+		Spool: n.spool, Logger: log, Handle: n.ingest, Gone: n.gone, WrongSecret: n.refusedSecret,
 	})
 	var seed [32]byte
 	rand.Read(seed[:])

@@ -287,6 +287,15 @@ func TestWrongSecretIsRefusedAndNothingIsSent(t *testing.T) {
 	if got := bad.Do(t.Context(), fedload.Lookup(w.Names()[0], "alice")); got.Status != 407 {
 		t.Errorf("a wrong secret is answered %d, %v", got.Status, got.Err)
 	}
+	if text := "a request is refused, as it has not the secret"; !strings.Contains(r.log.String(), text) {
+		t.Errorf("the log lacks %q", text)
+	}
+	if code, body := r.get("/health"); code != 200 || body != "ok\nthe homeserver has not connected with the right secret since the start\n" {
+		t.Errorf("/health: %d %q", code, body) // it has not been so for a minute
+	}
+	if _, metrics := r.get("/metrics"); !strings.Contains(metrics, "fsbus_wrong_secret_total 1\n") {
+		t.Error("it is not counted")
+	}
 	if n := w.Stats().Connections.Accepted; n != 0 {
 		t.Errorf("the remote has seen %d connections", n)
 	}
@@ -415,7 +424,7 @@ func TestStatusPage(t *testing.T) {
 	for i, name := range w.Names() {
 		r.Do(t.Context(), fedload.Lookup(name, fmt.Sprint("u", i)))
 	}
-	if code, body := r.get("/health"); code != 200 || body != "ok\n" {
+	if code, body := r.get("/health"); code != 200 || !strings.HasPrefix(body, "ok\nthe homeserver was last seen ") {
 		t.Errorf("/health: %d %q", code, body)
 	}
 	_, metrics := r.get("/metrics")

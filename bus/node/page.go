@@ -35,8 +35,8 @@ func writePage(w io.Writer, r *Report) error {
 	if r.Health != "ok" {
 		class = "no"
 	}
-	p.f(`<h1>fsbus <span class="%s">%s</span></h1><p class="dim">%s · version %s · up %s</p>`,
-		class, esc(r.Health), esc(r.ServerName), esc(r.Version), (time.Duration(r.UptimeSeconds) * time.Second).String())
+	p.f(`<h1>fsbus <span class="%s">%s</span></h1><p class="dim">%s · version %s · up %s · %s</p>`,
+		class, esc(r.Health), esc(r.ServerName), esc(r.Version), (time.Duration(r.UptimeSeconds) * time.Second).String(), esc(r.Homeserver.Text))
 
 	p.table("In use", "", "used", "most", "allowed", "")
 	for _, b := range r.Budgets {

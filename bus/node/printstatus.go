@@ -61,6 +61,7 @@ func PrintStatus(ctx context.Context, w io.Writer, address string, asJSON bool) 
 func writeTable(w io.Writer, r *Report) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "fsbus %s for %s, up %s: %s\n", r.Version, r.ServerName, time.Duration(r.UptimeSeconds)*time.Second, r.Health)
+	fmt.Fprintf(t, "%s\n", r.Homeserver.Text)
 
 	fmt.Fprintf(t, "\nIN USE\tNOW\tMOST\tALLOWED\n")
 	for _, b := range r.Budgets {

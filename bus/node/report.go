@@ -17,24 +17,25 @@ import (
 // a running bus. Sizes are bytes, times are seconds unless the name says
 // otherwise.
 type Report struct {
-	Version       string         `json:"version"`
-	ServerName    string         `json:"server_name"`
-	Health        string         `json:"health"` // "ok", or what is wrong
-	Started       time.Time      `json:"started"`
-	UptimeSeconds int64          `json:"uptime_seconds"`
-	Budgets       []BudgetUse    `json:"budgets"`
-	Queues        []QueueReport  `json:"queues"`
-	Hosts         HostsReport    `json:"hosts"`
-	Requests      RequestsReport `json:"requests"`
-	Remotes       RemotesReport  `json:"remotes"`
-	Caches        []CacheReport  `json:"caches"`
-	Keys          KeysReport     `json:"keys"`
-	Joins         JoinsReport    `json:"joins"`
-	Store         StoreReport    `json:"store"`
-	Outbox        *OutboxReport  `json:"outbox,omitempty"` // none without signing_key_path
-	Edge          *EdgeReport    `json:"edge,omitempty"`   // none without edge.listen
-	Endpoints     []CountReport  `json:"endpoints"`        // requests so far, by endpoint
-	RateLimits    RateLimits     `json:"rate_limits"`
+	Version       string           `json:"version"`
+	ServerName    string           `json:"server_name"`
+	Health        string           `json:"health"` // "ok", or what is wrong
+	Started       time.Time        `json:"started"`
+	UptimeSeconds int64            `json:"uptime_seconds"`
+	Homeserver    HomeserverReport `json:"homeserver"`
+	Budgets       []BudgetUse      `json:"budgets"`
+	Queues        []QueueReport    `json:"queues"`
+	Hosts         HostsReport      `json:"hosts"`
+	Requests      RequestsReport   `json:"requests"`
+	Remotes       RemotesReport    `json:"remotes"`
+	Caches        []CacheReport    `json:"caches"`
+	Keys          KeysReport       `json:"keys"`
+	Joins         JoinsReport      `json:"joins"`
+	Store         StoreReport      `json:"store"`
+	Outbox        *OutboxReport    `json:"outbox,omitempty"` // none without signing_key_path
+	Edge          *EdgeReport      `json:"edge,omitempty"`   // none without edge.listen
+	Endpoints     []CountReport    `json:"endpoints"`        // requests so far, by endpoint
+	RateLimits    RateLimits       `json:"rate_limits"`
 }
 
 // BudgetUse is one thing of which only so much may exist.
@@ -182,10 +183,11 @@ func (n *Node) Report(ctx context.Context) (*Report, error) {
 	r := &Report{
 		Version: n.version, ServerName: string(cfg.Homeserver.ServerName), Health: n.health(),
 		Started: n.started, UptimeSeconds: int64(time.Since(n.started).Seconds()),
-		Budgets: n.budgets(cfg, &snap, &outbox, front, spool, client, db),
-		Hosts:   hostsReport(&snap),
-		Store:   storeReport(db),
-		Outbox:  n.outboxReport(&outbox, db.Outbox.Aside),
+		Homeserver: homeserverReport(&front, time.Now()),
+		Budgets:    n.budgets(cfg, &snap, &outbox, front, spool, client, db),
+		Hosts:      hostsReport(&snap),
+		Store:      storeReport(db),
+		Outbox:     n.outboxReport(&outbox, db.Outbox.Aside),
 		Caches: []CacheReport{
 			{"answers in memory", int64(snap.Cache.Entries), st.CacheHits + st.CacheStale, st.Attempts},
 			{"answers in the database", int64(snap.Known), st.Loads, st.Attempts},

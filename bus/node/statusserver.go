@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"time"
@@ -38,7 +39,8 @@ func (n *Node) statusServer() *http.Server {
 	}
 }
 
-// serveHealth answers 200 "ok", or 503 with what is wrong in one line.
+// serveHealth answers 200 "ok", or 503 with what is wrong in one line, and in a second
+// when the homeserver was last seen.
 func (n *Node) serveHealth(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
@@ -51,7 +53,8 @@ func (n *Node) serveHealth(w http.ResponseWriter, r *http.Request) {
 	if health != "ok" {
 		w.WriteHeader(http.StatusServiceUnavailable)
 	}
-	w.Write([]byte(health + "\n"))
+	front := n.front.Stats()
+	fmt.Fprintf(w, "%s\n%s\n", health, homeserverReport(&front, time.Now()).Text)
 }
 
 func (n *Node) reporting(write func(http.ResponseWriter, *Report)) http.HandlerFunc {
