@@ -138,6 +138,9 @@ func runCommand(fs *flag.FlagSet, args []string) int {
 	for _, w := range cfg.Warnings() {
 		log.Warn(w)
 	}
+	for _, err := range cfg.Missing() {
+		log.Error("fsbus starts without a part of it", "error", err)
+	}
 	// What net/http says of remotes that break the protocol.
 	stdlog.SetFlags(0)
 	stdlog.SetOutput(slog.NewLogLogger(log.Handler(), slog.LevelDebug).Writer())
@@ -159,6 +162,7 @@ func runCommand(fs *flag.FlagSet, args []string) int {
 
 func checkCommand(fs *flag.FlagSet, args []string) int {
 	path := configFlag(fs)
+	user := fs.String("user", "", "say which files this `user`, as whom the service runs, cannot read")
 	if code, done := parse(fs, args); done {
 		return code
 	}
@@ -174,6 +178,27 @@ func checkCommand(fs *flag.FlagSet, args []string) int {
 	}
 	for _, w := range cfg.Warnings() {
 		fmt.Println("warning:", w)
+	}
+	wrong, notes, err := cfg.AtStart(*user)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "fsbus:", err)
+		return exitUsage
+	}
+	for _, s := range notes {
+		fmt.Println("note:", s)
+	}
+	for _, s := range wrong {
+		fmt.Println("at the start:", s)
+	}
+	missing := cfg.Missing()
+	for _, err := range missing {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	switch {
+	case len(missing) > 0:
+		return exitUsage
+	case len(wrong) > 0:
+		return exitFailed
 	}
 	fmt.Printf("%s: no mistakes found\n", *path)
 	return exitOK

@@ -58,7 +58,7 @@ type certificatePair struct {
 	loaded time.Time
 }
 
-// CertificateInfo describes the certificate in use.
+// CertificateInfo describes the certificate in use. Without one there is a Problem only.
 type CertificateInfo struct {
 	Names               []string // DNS names and IP addresses
 	NotBefore, NotAfter time.Time
@@ -74,18 +74,35 @@ type CertificateInfo struct {
 // servers refuse it, but those that come through it are served, what goes out does not
 // depend on it, and a new one is taken over as soon as it is there.
 func LoadCertificates(c CertificatesConfig) (*Certificates, error) {
+	cs := newCertificates(c)
+	if err := cs.Reload(); err != nil {
+		return nil, err
+	}
+	return cs, nil
+}
+
+// NewCertificates is LoadCertificates, but without a pair that can be used no handshake
+// succeeds until there is one, and Info says why.
+func NewCertificates(c CertificatesConfig) *Certificates {
+	cs := newCertificates(c)
+	if err := cs.Reload(); err != nil {
+		cs.cfg.Logger.Error("there is no TLS certificate that can be used; the files are looked at again", "err", err)
+	}
+	return cs
+}
+
+func newCertificates(c CertificatesConfig) *Certificates {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	cs := &Certificates{cfg: c}
-	if err := cs.Reload(); err != nil {
-		return nil, err
-	}
-	return cs, nil
+	return &Certificates{cfg: c}
 }
+
+// errNoCertificate: there has been no pair yet that can be used.
+var errNoCertificate = errors.New("no certificate")
 
 // Config returns a new server's configuration: these certificates and TLS 1.2
 // or later.
@@ -93,7 +110,7 @@ func (cs *Certificates) Config() *tls.Config {
 	return &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cs.GetCertificate}
 }
 
-// GetCertificate is for tls.Config. It never fails.
+// GetCertificate is for tls.Config. It fails while there has been no pair to use.
 func (cs *Certificates) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	// One handshake looks at the files; the others go on with what there is.
 	if cs.mu.TryLock() {
@@ -105,7 +122,11 @@ func (cs *Certificates) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, 
 		}
 		cs.mu.Unlock()
 	}
-	return &cs.current.Load().tls, nil
+	pair := cs.current.Load()
+	if pair == nil {
+		return nil, errNoCertificate
+	}
+	return &pair.tls, nil
 }
 
 // Reload reads the files now. After an error the pair in use stays in use.
@@ -123,6 +144,9 @@ func (cs *Certificates) Info() CertificateInfo {
 	problem := cs.problem
 	pair := cs.current.Load() // the one that the problem goes with
 	cs.mu.Unlock()
+	if pair == nil {
+		return CertificateInfo{Problem: problem}
+	}
 	leaf := pair.tls.Leaf
 	switch invalid := invalidity(leaf, cs.cfg.Now()); {
 	case problem == "":

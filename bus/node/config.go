@@ -60,9 +60,10 @@ type Config struct {
 	Federation FederationConfig `toml:"federation"`
 	Status     StatusConfig     `toml:"status"`
 
-	file     string   // the configuration's own, absolute; "" if it is none
-	followed []string // limits that fit has set to go with others, with their values
-	lowered  []string // limits that fit has lowered for MemoryLimit, the same
+	file     string         // the configuration's own, absolute; "" if it is none
+	followed []string       // limits that fit has set to go with others, with their values
+	lowered  []string       // limits that fit has lowered for MemoryLimit, the same
+	missing  []*ConfigError // what keeps a part from working
 }
 
 // HomeserverConfig says whose traffic it is.

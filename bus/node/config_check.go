@@ -62,14 +62,23 @@ func (k *checker) bad(key, problem, want string) {
 	k.badAt(strings.Split(key, "."), problem, want)
 }
 
+// missing reports what keeps a part of the bus from working, and not the bus from starting.
+func (k *checker) missing(key, problem, want string) {
+	path := toml.Key(strings.Split(key, "."))
+	k.c.missing = append(k.c.missing, k.mistake(path, problem, want))
+}
+
 func (k *checker) badAt(path toml.Key, problem, want string) {
-	if len(k.errs) >= maxMistakes {
-		return
+	if len(k.errs) < maxMistakes {
+		k.errs = append(k.errs, k.mistake(path, problem, want))
 	}
+}
+
+func (k *checker) mistake(path toml.Key, problem, want string) *ConfigError {
 	if k.isMissingCredential(path) {
 		want += "; systemd puts it there while the service runs, readable for root and the service only"
 	}
-	k.errs = append(k.errs, &ConfigError{k.file, k.doc.line(path), clean(path.String()), problem, want})
+	return &ConfigError{k.file, k.doc.line(path), clean(path.String()), problem, want}
 }
 
 // credentials is where systemd puts what LoadCredential= names.
@@ -85,6 +94,9 @@ func (k *checker) isMissingCredential(key toml.Key) bool {
 
 // err returns all that was reported, in the order of the lines.
 func (k *checker) err() error {
+	if len(k.errs) > 0 {
+		k.errs = append(k.errs, k.c.missing...)
+	}
 	slices.SortStableFunc(k.errs, func(a, b *ConfigError) int { return cmp.Compare(a.Line, b.Line) })
 	errs := make([]error, len(k.errs))
 	for i, e := range k.errs {
@@ -607,6 +619,15 @@ func (k *checker) admin() {
 	}
 }
 
+// Missing returns what keeps a part of the bus from working, such as a certificate that
+// cannot be read. The bus starts without it, and /health says so.
+func (c *Config) Missing() (errs []error) {
+	for _, e := range c.missing {
+		errs = append(errs, e)
+	}
+	return errs
+}
+
 // Warnings returns what works but should not stay as it is, one sentence each.
 func (c *Config) Warnings() []string {
 	var out []string
@@ -644,6 +665,9 @@ func (c *Config) Warnings() []string {
 	}
 	if keys := c.changed("outbox", "outbox.max_disk"); len(keys) > 0 && !c.hasOutbox() { // that one bounds the database in any case
 		warn("%s: set, but without homeserver.signing_key_path nothing is taken over", strings.Join(keys, ", "))
+	}
+	if w := c.memoryWarning(unitFolders); w != "" {
+		out = append(out, w)
 	}
 	c.edgeWarnings(warn)
 	if len(c.Federation.IPRangeBlocklist) == 0 {

@@ -384,7 +384,7 @@ func (k *checker) edgeTLS() {
 		if _, rest, found := strings.Cut(why, path+": "); found {
 			why = rest
 		}
-		k.bad(key, quote(path)+": "+clean(why), "a certificate and its key in PEM, not encrypted, readable for the user who runs fsbus")
+		k.missing(key, quote(path)+": "+clean(why), "a certificate and its key in PEM, not encrypted, readable for the user who runs fsbus")
 	}
 }
 
@@ -416,7 +416,10 @@ func (c *Config) edgeWarnings(warn func(format string, args ...any)) {
 		warn("edge.tls_private_key: every user of this system can read or change %s: chmod 640 %s", quote(e.TLSPrivateKey), clean(e.TLSPrivateKey))
 	}
 	if e.TLSCertificate != "" {
-		if w := certificateWarning(e.certificate, time.Now()); w != "" {
+		if w := certificateWarning(e.certificate, time.Now()); w != "" && !e.certificate.NotAfter.IsZero() {
+			warn("edge.tls_certificate: %s: %s", quote(e.TLSCertificate), w)
+		}
+		if w := e.nameWarning(e.certificate, hostOf(string(c.Homeserver.ServerName))); w != "" {
 			warn("edge.tls_certificate: %s: %s", quote(e.TLSCertificate), w)
 		}
 	}

@@ -2,11 +2,8 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
-	"net"
-	"net/http"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -106,9 +103,7 @@ func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
 	var err error
 	if files, ok := e.certificates(); ok {
 		files.Logger = n.log
-		if s.certs, err = netx.LoadCertificates(files); err != nil {
-			return nil, fmt.Errorf("edge: %w", err)
-		}
+		s.certs = netx.NewCertificates(files)
 	}
 	up := e.upstream()
 	up.Logger = n.log
@@ -177,33 +172,6 @@ func (c *Config) edgeJobs() int {
 		return 0
 	}
 	return c.Edge.Requests + c.Edge.Unverified
-}
-
-// listen opens the addresses to which other servers connect.
-func (s *edgeShell) listen(cfg *Config) (list []net.Listener, err error) {
-	for _, spec := range cfg.Edge.Listen {
-		ln, err := netx.Listen(spec, netx.ListenOptions{AllowRemote: true})
-		if err != nil {
-			for _, ln := range list {
-				ln.Close()
-			}
-			return nil, fmt.Errorf("edge: %w", err)
-		}
-		list = append(list, ln)
-	}
-	return list, nil
-}
-
-// serve takes requests until the edge is shut down.
-func (s *edgeShell) serve(ctx context.Context, listeners []net.Listener, failed chan<- error) {
-	for _, ln := range listeners {
-		serve(ctx, func(context.Context) {
-			if err := s.server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-				failed <- fmt.Errorf("edge %s: %w", ln.Addr(), err)
-			}
-		})
-		s.n.log.Info("listening for other servers", "address", ln.Addr().String(), "tls", s.certs != nil)
-	}
 }
 
 // step runs the core.

@@ -194,10 +194,16 @@ func (o *OriginReport) name() string {
 // health says what is wrong with the edge, "" if nothing is. That the homeserver is
 // away is not its fault.
 func (s *edgeShell) health() string {
-	if s == nil || s.certs == nil || time.Now().Before(s.certs.Info().NotAfter) {
+	if s == nil || s.certs == nil {
 		return ""
 	}
-	return "the edge's certificate has expired"
+	switch i := s.certs.Info(); {
+	case i.NotAfter.IsZero():
+		return "the edge has no certificate, so no server can connect: " + i.Problem
+	case !time.Now().Before(i.NotAfter):
+		return "the edge's certificate has expired"
+	}
+	return ""
 }
 
 // fates lists what became of requests so far, in words.

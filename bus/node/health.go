@@ -59,6 +59,9 @@ func (n *Node) health() string {
 	if why := wrongSecret(&front.Secret, time.Now()); why != "" {
 		return why
 	}
+	if why := n.parts.reason(); why != "" {
+		return why
+	}
 	if why := n.edge.health(); why != "" {
 		return why
 	}

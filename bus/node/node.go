@@ -84,6 +84,8 @@ type Node struct {
 	replies   replyCounts
 	endpoints endpointCounts
 	notable   *notes
+	page      *http.Server // of the status; nil: there is none
+	parts     parts
 	restored  chan struct{} // closed when the core knows what the store had
 	drained   chan struct{}
 	draining  atomic.Bool
@@ -413,7 +415,8 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 	loopCtx, cancelLoop := context.WithCancel(context.Background())
 	defer cancelLoop()
 	looped := make(chan struct{})
-	failed := make(chan error, len(listeners.front)+len(listeners.edge)+2)
+	failed := make(chan error, len(listeners.front)+1)
+	lost := make(chan ended)
 	serve(loopCtx, func(ctx context.Context) {
 		defer close(looped)
 		n.loop.Run(ctx)
@@ -427,38 +430,25 @@ func (n *Node) Run(ctx context.Context, hup <-chan os.Signal, load func() (*Conf
 			}
 		})
 	}
-	if n.edge != nil {
-		n.edge.serve(ctx, listeners.edge, failed)
-	}
-	status := ""
-	var page *http.Server
-	if listeners.status != nil {
-		status = listeners.status.Addr().String()
-		page = n.statusServer()
-		serve(ctx, func(context.Context) {
-			if err := page.Serve(listeners.status); !errors.Is(err, http.ErrServerClosed) {
-				failed <- fmt.Errorf("status %s: %w", status, err)
-			}
-		})
-	}
+	n.serveParts(ctx, lost)
 	admin := n.startAdmin(ctx, listeners.admin, failed)
 	for _, ln := range listeners.front {
 		n.log.Info("listening for the homeserver", "address", ln.Addr().String())
 	}
 	n.noteProxy(&cfg.Federation)
-	n.log.Info("fsbus is up", "version", n.version, "server_name", cfg.Homeserver.ServerName, "status", status, "memory_limit", cfg.MemoryLimit.String(), "hosts_restored", len(hosts), "signing_key", cfg.Homeserver.keys.String(), "queues_restored", len(queues))
+	n.log.Info("fsbus is up", "version", n.version, "server_name", cfg.Homeserver.ServerName, "memory_limit", cfg.MemoryLimit.String(), "hosts_restored", len(hosts), "signing_key", cfg.Homeserver.keys.String(), "queues_restored", len(queues))
 	if err := n.notify.Ready(); err != nil {
 		n.log.Warn("systemd was not told", "error", err)
 	}
-	err = n.attend(ctx, failed, hup, load)
+	err = n.attend(ctx, failed, lost, hup, load)
 	admin.close()
-	n.stop(page, time.Duration(cfg.DrainTimeout), func() { cancelLoop(); <-looped })
+	n.stop(time.Duration(cfg.DrainTimeout), func() { cancelLoop(); <-looped })
 	return err
 }
 
 // attend waits for the end. Meanwhile it tells systemd that the loop turns,
 // and reloads the configuration when asked to.
-func (n *Node) attend(ctx context.Context, failed <-chan error, hup <-chan os.Signal, load func() (*Config, error)) error {
+func (n *Node) attend(ctx context.Context, failed <-chan error, lost chan ended, hup <-chan os.Signal, load func() (*Config, error)) error {
 	var alive <-chan time.Time
 	if d := n.notify.WatchdogInterval(); d > 0 {
 		t := time.NewTicker(d / 2)
@@ -472,12 +462,23 @@ func (n *Node) attend(ctx context.Context, failed <-chan error, hup <-chan os.Si
 		pressure = t.C
 		n.pressureFile = p
 	}
+	var again <-chan time.Time
+	if n.parts.reason() != "" {
+		again = time.After(partRetry)
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case err := <-failed:
 			return err
+		case e := <-lost:
+			n.missing(e.part, e.err)
+			again = time.After(partRetry)
+		case <-again:
+			if again = nil; !n.retryParts(ctx, lost) {
+				again = time.After(partRetry)
+			}
 		case <-pressure:
 			n.tellPressure()
 		case <-hup:
@@ -499,7 +500,7 @@ func (n *Node) attend(ctx context.Context, failed <-chan error, hup <-chan os.Si
 // stop takes nothing new, lets what runs come to an end for a while, and
 // closes. Requests that are still waiting then lose their connection, which to
 // Synapse looks like a bus that restarts, as it is.
-func (n *Node) stop(page *http.Server, patience time.Duration, stopLoop func()) {
+func (n *Node) stop(patience time.Duration, stopLoop func()) {
 	n.draining.Store(true)
 	n.notify.Stopping()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -516,8 +517,8 @@ func (n *Node) stop(page *http.Server, patience time.Duration, stopLoop func()) 
 	case <-n.drained:
 	case <-ctx.Done(): // Close below says so
 	}
-	if page != nil {
-		page.Close()
+	if n.page != nil {
+		n.page.Close()
 	}
 	n.loop.Call(context.Background(), func() {
 		for _, a := range n.attempts {
@@ -655,20 +656,20 @@ func (n *Node) listen(cfg *Config) (l listeners, err error) {
 			l.front = append(l.front, ln)
 		}
 	}
-	if l.status == nil && cfg.Status.Listen != "" {
-		l.status, err = netx.Listen(cfg.Status.Listen, netx.ListenOptions{AllowRemote: cfg.Status.AllowRemote})
-		if err != nil {
-			return l, fmt.Errorf("status: %w", err)
-		}
-	}
-	if err == nil && n.edge != nil && len(l.edge) == 0 {
-		l.edge, err = n.edge.listen(cfg)
-	}
-	if err != nil {
+	if l.admin, err = listenAdmin(cfg); err != nil {
 		return l, err
 	}
-	l.admin, err = listenAdmin(cfg)
-	return l, err
+	// Last, as what they have opened is not closed again.
+	if l.status != nil || cfg.Status.Listen != "" {
+		n.page = n.statusServer()
+		n.addPart(n.statusPart(cfg, l.status))
+	}
+	if n.edge != nil {
+		for _, t := range n.edgeParts(cfg, l.edge) {
+			n.addPart(t)
+		}
+	}
+	return l, nil
 }
 
 func (l listeners) close() {

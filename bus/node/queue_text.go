@@ -85,11 +85,7 @@ func writeShow(w io.Writer, s *queueShow) error {
 		line("why", "%s", printable(s.Why))
 	}
 	if s.LastError != "" {
-		inARow := ""
-		if s.Failures != 1 {
-			inARow = " in a row"
-		}
-		line("last error", "%s (%s%s%s)", printable(s.LastError), count(int64(s.Failures), "failure"), inARow, s.lastTry())
+		line("last error", "%s%s", printable(s.LastError), s.tries())
 	}
 	if s.NextTryIn > 0 {
 		line("next try", "in %s", span(s.NextTryIn))
@@ -121,11 +117,21 @@ func writeShow(w io.Writer, s *queueShow) error {
 	return t.Flush()
 }
 
-func (s *showHead) lastTry() string {
-	if s.LastTryAgo == 0 {
+func (s *showHead) tries() string {
+	var said []string
+	switch failures := count(int64(s.Failures), "failure"); {
+	case s.Failures == 1:
+		said = append(said, failures)
+	case s.Failures > 1: // else the host failed, which has its own count
+		said = append(said, failures+" in a row")
+	}
+	if s.LastTryAgo != 0 {
+		said = append(said, "tried "+span(s.LastTryAgo)+" ago")
+	}
+	if len(said) == 0 {
 		return ""
 	}
-	return ", tried " + span(s.LastTryAgo) + " ago"
+	return " (" + strings.Join(said, ", ") + ")"
 }
 
 // text says what is known of the homeserver's transactions.
