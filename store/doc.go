@@ -37,6 +37,9 @@
 // An item is set aside when it is its turn to be packed and its row, or the payload that
 // this refers to, is damaged: what is left of it is kept, and the others go on. While it
 // waits newer ones replace it, or stand beside it where a merger would need its payload.
+// RetryAside puts what is set aside back into its queue, with the time at which it was
+// accepted; so one that is set aside again is known as such. Items of which a newer one
+// takes the place of an older one stay aside.
 // What else meets a damaged row is refused alone (ErrDamagedRow), but for Expire, which
 // is about all destinations and passes over one that cannot be read. What SQLite itself
 // cannot read fails a group.

@@ -229,6 +229,7 @@ type outbox struct {
 	insert, unique, insertBody, remove, removeSpan  *stmt // item
 	same, group, rows, fronts, recount, pdus, dests *stmt
 	putAside, cutAside, forgetAside                 *stmt
+	oneAside, asideOf                               *stmt
 	pages, free                                     *stmt
 
 	totals OutboxTotals
@@ -290,6 +291,8 @@ func (o *outbox) queries() []struct {
 		{&o.putAside, "INSERT INTO aside (dest, kind, accepted, at, reason, size, bytes) VALUES (?1, ?2, ?3, ?4, ?5, ?6, coalesce(?7, x''))"}, // an empty slice reaches SQLite as NULL
 		{&o.cutAside, "DELETE FROM aside WHERE id IN (SELECT id FROM aside ORDER BY id LIMIT 1) RETURNING size"},
 		{&o.forgetAside, "DELETE FROM aside WHERE id <= ?1 RETURNING size"},
+		{&o.oneAside, "DELETE FROM aside WHERE id = ?1 RETURNING size"},
+		{&o.asideOf, "SELECT id, kind, accepted, bytes FROM aside WHERE dest = ?1 AND id BETWEEN ?2 AND ?3 AND at <= ?4 AND at - accepted < ?5 ORDER BY id LIMIT ?6"},
 
 		{&o.pages, "PRAGMA page_count"},
 		{&o.free, "PRAGMA freelist_count"},

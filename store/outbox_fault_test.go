@@ -60,7 +60,10 @@ func everyOp(t *testing.T) []OutboxOp {
 		&Hold{Destination: "b.test", Held: true},
 		&Expire{Now: 100_000_000},
 		&Drop{Destination: "b.test", Through: maxSeq, PDUs: true},
-		&ForgetAside{Through: 1},
+		&RetryAside{Destination: "a.test", Now: 12},
+		&Pack{Destination: "a.test", NewID: "b6", Now: 13, Origin: origin, MaxBytes: 1 << 20},
+		&Settle{Destination: "a.test", TxnID: "b6", Outcome: Bisect, Now: 14},
+		&ForgetAside{Through: 2},
 	}
 }
 

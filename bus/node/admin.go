@@ -69,6 +69,7 @@ func newAdminServer(core outboxCore, st *store.Store, dataDir string, now func()
 		"POST /queue/drop":    a.drop,
 		"GET /queue/aside":    a.aside,
 		"POST /queue/forget":  a.forget,
+		"POST /queue/retry":   a.retry,
 	} {
 		mux.HandleFunc(pattern, a.inTurn(f))
 	}

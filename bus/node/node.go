@@ -86,6 +86,7 @@ type Node struct {
 	notable   *notes
 	page      *http.Server // of the status; nil: there is none
 	parts     parts
+	asides    asides
 	restored  chan struct{} // closed when the core knows what the store had
 	drained   chan struct{}
 	draining  atomic.Bool

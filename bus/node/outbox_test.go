@@ -24,6 +24,7 @@ import (
 	"fsbus/bus/matrix"
 	"fsbus/scripts/fedload"
 	"fsbus/scripts/fedsim/sim"
+	"fsbus/store"
 )
 
 // keyFile writes a file of signing keys, of 32 bytes of seed each.
@@ -373,6 +374,46 @@ func TestADislikedItemIsSetAside(t *testing.T) {
 	if !strings.Contains(r.log.String(), "a destination refuses a transaction") {
 		t.Error("the log does not say that something is refused")
 	}
+}
+
+// What was set aside the day before goes with the next success.
+func TestWhatWasSetAsideIsTriedAgainAfterASuccess(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1})
+	var again atomic.Int64
+	r := startBeside(t, withOutbox(t, unpaced), w, "127.1.250.4:0", func(rw http.ResponseWriter, req *http.Request) {
+		body, _ := io.ReadAll(req.Body)
+		if bytes.Contains(body, []byte("message 3")) {
+			again.Add(1)
+		}
+		_, _ = io.WriteString(rw, `{"pdus":{}}`)
+	})
+	const dest = "example.com:8448"
+	then := r.node.clock.Now().Add(-2 * store.RetryAfter).Stored()
+	txn, err := matrix.ParseTransaction(fmt.Appendf(nil, `{"pdus":[%s]}`, message(3)))
+	if err != nil && !errors.Is(err, matrix.ErrNoOrigin) {
+		t.Fatal(err)
+	}
+	for _, op := range []store.OutboxOp{
+		&store.Accept{Destination: dest, Items: txn.Items(nil), Accepted: then},
+		&store.Pack{Destination: dest, NewID: "then", Now: then, Origin: us.Name, MaxBytes: 1 << 20},
+		&store.Settle{Destination: dest, TxnID: "then", Outcome: store.Bisect, Now: then, Reason: "refused"},
+	} {
+		done := make(chan error, 1)
+		if err := r.node.store.Submit(&store.Batch{Outbox: []store.OutboxOp{op}}, func(err error) { done <- err }); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := r.report().Outbox.SetAsideNow; n != 1 {
+		t.Fatalf("%d are set aside", n)
+	}
+	r.taken(dest, "t1", []json.RawMessage{message(1)}, nil)
+	r.until("it to be delivered, too", func() bool {
+		o := r.report().Outbox
+		return again.Load() == 1 && o.SetAsideNow == 0 && o.Destinations == 0
+	})
 }
 
 // A 401 is about our key. It is said, and tried again in seconds.

@@ -143,6 +143,9 @@ func (n *Node) settle(e bus.Settle) {
 		ev := bus.Settled{Batch: e.Batch, OK: err == nil}
 		if err == nil {
 			ev.Delivered, ev.Backlog = countsOf(r.Delivered), backlogOf(r.Destination)
+			if e.Outcome == bus.Delivered {
+				n.retryAside(e.Dest)
+			}
 			if a := r.SetAside; a != nil {
 				ev.SetAside = 1
 				n.notable.write(slog.LevelWarn, "an item is set aside: its destination refuses it",
@@ -151,6 +154,46 @@ func (n *Node) settle(e bus.Settle) {
 		}
 		return event{Event: ev}
 	})
+}
+
+// retryAside has what was set aside for a destination tried again, once: it has just taken
+// something, and may take now what it refused a day ago. It runs on the writer's goroutine.
+func (n *Node) retryAside(dest matrix.ServerName) {
+	if !n.asides.due(dest, n.clock.Now()) || n.store.Stats().Outbox.Aside == 0 {
+		return
+	}
+	op := &store.RetryAside{Destination: dest, Once: true, Now: n.clock.Now().Stored()}
+	err := n.store.Submit(&store.Batch{Outbox: []store.OutboxOp{op}}, func(err error) {
+		n.noteCommit(op, err)
+		if r := &op.Result; err == nil && r.Again.Items > 0 {
+			n.notable.write(slog.LevelInfo, "what a destination refused a day ago is tried again, once",
+				slog.String("destination", string(dest)), slog.Int64("items", r.Again.Items))
+			n.loop.Post(event{Event: bus.Adjusted{Dest: dest, Backlog: backlogOf(r.Destination)}})
+		}
+	})
+	n.noteCommit(op, err)
+}
+
+// asides says for which destinations it is time to look for what was set aside. It is for
+// one goroutine, the store's writer.
+type asides struct {
+	looked map[matrix.ServerName]sched.Time
+}
+
+const (
+	asideEach = time.Hour // between two looks for a destination
+	asideMost = 1000      // destinations of which that is remembered
+)
+
+func (a *asides) due(dest matrix.ServerName, now sched.Time) bool {
+	if at, ok := a.looked[dest]; ok && now.Sub(at) < asideEach {
+		return false
+	}
+	if a.looked == nil || len(a.looked) >= asideMost {
+		a.looked = make(map[matrix.ServerName]sched.Time)
+	}
+	a.looked[dest] = now
+	return true
 }
 
 func (n *Node) compact(e bus.Compact) {

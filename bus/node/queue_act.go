@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 
 	"fsbus/bus"
@@ -140,4 +141,60 @@ func (a *adminServer) forget(ctx context.Context, q url.Values) (reply, error) {
 	}
 	a.log.Info("an admin has items forgotten that were set aside", "through", through, "items", op.Result.Items, "bytes", op.Result.Bytes)
 	return writeJSON(forgotten{op.Result.Items, op.Result.Bytes}), nil
+}
+
+// retried is the answer to POST /queue/retry.
+type retried struct {
+	Items int64 `json:"items"` // that are in their queue again
+	Bytes int64 `json:"bytes"`
+	Left  int64 `json:"left"` // that stay aside
+}
+
+// retry answers POST /queue/retry?id=, ?destination= and ?all=true: what was set aside is
+// put into its queue again.
+func (a *adminServer) retry(ctx context.Context, q url.Values) (reply, error) {
+	var id int64
+	var dest matrix.ServerName
+	var err error
+	switch {
+	case q.Get("all") == "true":
+	case q.Has("id"):
+		if id, err = strconv.ParseInt(q.Get("id"), 10, 64); err != nil || id < 1 {
+			return nil, badRequest("%q is not the id of what is set aside", q.Get("id"))
+		}
+	default:
+		if dest, err = destination(q); err != nil {
+			return nil, err
+		}
+	}
+	var names []matrix.ServerName // each once, and few have any
+	if err := a.store.LoadAside(ctx, func(it store.Aside) error {
+		if (id == 0 || it.ID == id) && (dest == "" || it.Destination == dest) && !slices.Contains(names, it.Destination) {
+			names = append(names, it.Destination)
+		}
+		return nil
+	}); err != nil {
+		return nil, err
+	}
+	if len(names) == 0 && (id != 0 || dest != "") {
+		return nil, adminError{http.StatusNotFound, "nothing like that is set aside; \"fsbus queue aside\" lists what is"}
+	}
+	var answer retried
+	for _, name := range names {
+		for { // a hundred at a time
+			op := &store.RetryAside{Destination: name, ID: id, Now: a.now().Stored()}
+			if err := a.apply(ctx, op); err != nil {
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+			r := &op.Result
+			answer.Items, answer.Bytes = answer.Items+r.Again.Items, answer.Bytes+r.Again.Bytes
+			if r.Again.Items == 0 || id != 0 {
+				answer.Left += r.Left
+				break
+			}
+		}
+		a.core.flush(name)
+	}
+	a.log.Info("an admin has items tried again that were set aside", "destinations", len(names), "items", answer.Items, "left", answer.Left)
+	return writeJSON(answer), nil
 }

@@ -56,7 +56,9 @@ usage: fsbus queue [FLAGS]                       a table: destinations by how lo
        fsbus queue hold DESTINATION              send nothing until it is released
        fsbus queue release DESTINATION
        fsbus queue drop DESTINATION -edus|-all   delete what waits; a copy is kept in a file
-       fsbus queue aside [-forget ID]            what was given up since it was refused
+       fsbus queue aside                         what was given up since it was refused
+       fsbus queue aside -retry ID|DESTINATION|all   try it again
+       fsbus queue aside -forget ID              delete it, up to this one
 
 Each of them explains its flags with -h. The columns 1, 5, 15, ... of the table
 count the items that have waited for so many minutes at most.
@@ -378,11 +380,30 @@ func (c *queueCommand) drop(args []string) error {
 
 func (c *queueCommand) aside(args []string) error {
 	through := c.flags.Int64("forget", 0, "forget, for good, what is set aside up to this `ID`")
+	retry := c.flags.String("retry", "", "try again what is set aside: `ID|DESTINATION|all`")
 	c.jsonFlag("the list")
 	if err := c.nothing(args); err != nil {
 		return err
 	}
 	switch {
+	case *retry != "" && *through != 0:
+		return c.misused("-retry and -forget do not go together")
+	case *retry != "":
+		q := url.Values{"destination": {*retry}}
+		if _, err := strconv.ParseInt(*retry, 10, 64); err == nil {
+			q = url.Values{"id": {*retry}}
+		} else if *retry == "all" {
+			q = url.Values{"all": {"true"}}
+		}
+		var r retried
+		if err := c.post("/queue/retry", q, &r); err != nil {
+			return err
+		}
+		_, err := fmt.Fprintf(c.term.Out, "tried again: %s, %s\n", count(r.Items, "item"), amount(r.Bytes, "bytes"))
+		if err == nil && r.Left > 0 {
+			_, err = fmt.Fprintf(c.term.Out, "left aside: %s, as a newer one has gone instead, or it cannot be sent\n", count(r.Left, "item"))
+		}
+		return err
 	case *through < 0:
 		return c.misused("-forget is %d", *through)
 	case *through > 0:

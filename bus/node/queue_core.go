@@ -20,7 +20,7 @@ type outboxCore interface {
 	flush(dest matrix.ServerName)
 	// apply submits operations to the store as one batch and waits until they are
 	// durable or ctx ends. After an error they may still be changed. The core has
-	// been told of what Hold and Drop changed when it returns nil.
+	// been told of what Hold, Drop and RetryAside changed when it returns nil.
 	apply(ctx context.Context, ops ...store.OutboxOp) error
 }
 
@@ -66,6 +66,10 @@ func applyOps(ctx context.Context, s *store.Store, tell func(bus.Adjusted), ops 
 				switch op := op.(type) {
 				case *store.Hold:
 					tell(bus.Adjusted{Dest: op.Destination, Backlog: backlogOf(op.Result)})
+				case *store.RetryAside:
+					if op.Result.Destination.Name != "" {
+						tell(bus.Adjusted{Dest: op.Destination, Backlog: backlogOf(op.Result.Destination)})
+					}
 				case *store.Drop:
 					tell(bus.Adjusted{Dest: op.Destination, Backlog: backlogOf(op.Result.Destination)})
 				}

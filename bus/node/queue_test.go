@@ -336,6 +336,12 @@ ID  KIND   SIZE  AGE    ASIDE FOR  REASON
 	a.prints(`ID  DESTINATION  KIND   SIZE  AGE    ASIDE FOR  REASON
 2   b.test       other  7 B   10m0s  1m0s       M_UNKNOWN: no
 `, "aside")
+	a.prints("tried again: 1 item, 7 B\n", "aside", "-retry", "b.test")
+	if n := len(a.pending("b.test")); n != 1 {
+		t.Errorf("%d items are pending", n)
+	}
+	a.prints("nothing is set aside\n", "aside")
+	a.prints("tried again: 0 items, 0 B\n", "aside", "-retry", "all")
 }
 
 // An answer that is cut short is an error, not a short list.
