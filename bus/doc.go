@@ -150,7 +150,8 @@
 // After an hour of failing only the newest events of each room stay (Compact).
 //
 //   - a transaction is not sent more often than its own back-off allows, unless an admin
-//     wants it, or, now and then, its destination sends something;
+//     wants it, or, now and then, its destination sends something or somebody has fetched
+//     our keys;
 //   - nothing is divided or set aside unless its destination takes an empty transaction
 //     before and after it refuses the batch;
 //   - no Acknowledge before its Accepted, no Send before its Packed;

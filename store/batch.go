@@ -44,7 +44,7 @@ const (
 	answerBytes     = 112
 	answerKeyBytes  = 32
 	keysBytes       = 80
-	inboundBytes    = 96
+	inboundBytes    = 104
 	inboundPDUBytes = 48
 )
 

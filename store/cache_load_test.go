@@ -75,14 +75,14 @@ func TestReadersAndTheWriterDoNotDisturbEachOther(t *testing.T) {
 				from = least()
 				x := inboundTxn(i, 0, 2)
 				// Of the round that is complete something is there, and never without the rest.
-				answer, found, err := s.LoadInbound(x.Origin, x.ID, inboundAt+from-1)
+				in, found, err := s.LoadInbound(x.Origin, x.ID, inboundAt+from-1)
 				if err == nil && !found {
 					err = errors.New("a transaction is gone")
 				}
 				if err == nil {
-					round, _, _ := strings.Cut(string(answer), ",")
+					round, _, _ := strings.Cut(string(in.Answer), ",")
 					n, _ := strconv.ParseInt(round, 10, 64)
-					err = check(i, n, answer, from)
+					err = check(i, n, in.Answer, from)
 				}
 				if err == nil {
 					var ids []string

@@ -42,6 +42,7 @@ type InboundTxn struct {
 	ID       string
 	Answered int64  // Unix ms
 	Answer   []byte // the body of the 200 that it was answered with
+	Sum      int64  // a part of the hash of its body; 0: not known
 	// PDUs are those that were acknowledged without an error.
 	PDUs []InboundPDU
 }
@@ -144,23 +145,29 @@ var findInbound = fmt.Sprintf("FROM gen CROSS JOIN inbound t ON t.id >> %d = n A
 // These yield NULL for what is larger than it may be, so that a damaged row does not
 // take memory.
 var (
-	loadInboundQuery = inboundGens + fmt.Sprintf("SELECT size, length(list), iif(length(answer) <= %d, answer, NULL) ", MaxInboundAnswer) +
+	loadInboundQuery = inboundGens + fmt.Sprintf("SELECT size, length(list), sum, iif(length(answer) <= %d, answer, NULL) ", MaxInboundAnswer) +
 		findInbound + "AND t.answered > ?3 LIMIT 1"
 	inboundPDUQuery = inboundGens + fmt.Sprintf(`SELECT t.pdus, iif(length(t.list) <= %d, t.list, NULL)
 		FROM gen CROSS JOIN inbound_pdu p ON p.gen = n AND p.hash = ?1 CROSS JOIN inbound t ON t.id = p.txn
 		WHERE t.answered > ?2`, maxPDUList)
 )
 
-// LoadInbound returns the stored answer to a transaction, nil if it was empty, and
+// InboundAnswer is what LoadInbound finds of an InboundTxn.
+type InboundAnswer struct {
+	Answer []byte // nil if it was empty
+	Sum    int64
+}
+
+// LoadInbound returns the stored answer to a transaction, and
 // whether there is one, answered after since (Unix ms). It sees whatever was completed
 // before the call, reads a few pages, and waits for nobody but other look-ups. A row
 // that cannot be one of ours is as good as none (Stats.Damaged).
-func (s *Store) LoadInbound(origin matrix.ServerName, id string, since int64) (answer []byte, found bool, err error) {
+func (s *Store) LoadInbound(origin matrix.ServerName, id string, since int64) (a InboundAnswer, found bool, err error) {
 	key := newInboundKey(origin, id)
 	var bad error
 	err = s.lookUp("load inbound transaction", func(r *reader) error {
 		return r.inbound.query(func(vals []driver.Value) error {
-			answer, bad = scanInbound(vals)
+			a, bad = scanInbound(vals)
 			found = bad == nil
 			return nil
 		}, key.hash(), key[:], since)
@@ -169,20 +176,20 @@ func (s *Store) LoadInbound(origin matrix.ServerName, id string, since int64) (a
 		s.leftOut("inbound", 1, bad)
 	}
 	if !found || err != nil {
-		return nil, false, err
+		return InboundAnswer{}, false, err
 	}
-	return answer, true, nil
+	return a, true, nil
 }
 
-func scanInbound(vals []driver.Value) (answer []byte, err error) {
+func scanInbound(vals []driver.Value) (a InboundAnswer, err error) {
 	var size, list int64
-	if err := scan(vals, &size, &list, &answer); err != nil {
-		return nil, err
+	if err := scan(vals, &size, &list, &a.Sum, &a.Answer); err != nil {
+		return InboundAnswer{}, err
 	}
-	if n := int64(len(answer)) + list; n != size {
-		return nil, notOurRow("an answer and PDUs of %d bytes, counted as %d", n, size)
+	if n := int64(len(a.Answer)) + list; n != size {
+		return InboundAnswer{}, notOurRow("an answer and PDUs of %d bytes, counted as %d", n, size)
 	}
-	return answer, nil
+	return a, nil
 }
 
 // InboundPDUs returns the event ids of PDUs of an origin, by their hashes and in the

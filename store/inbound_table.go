@@ -88,8 +88,8 @@ func (t *inboundTable) queries() []struct {
 	}{
 		{&t.find, inboundGens + "SELECT t.id, t.size, t.pdus " + findInbound, inboundPlan("SEARCH t USING INDEX inbound_find (<expr>=? AND hash=?)")},
 		// An empty slice reaches SQLite as NULL.
-		{&t.insert, `INSERT INTO inbound (hash, key, size, pdus, answered, list, answer)
-			VALUES (?1, ?2, ?3, ?4, ?5, coalesce(?6, x''), coalesce(?7, x'')) RETURNING id`, nil},
+		{&t.insert, `INSERT INTO inbound (hash, key, size, pdus, answered, list, answer, sum)
+			VALUES (?1, ?2, ?3, ?4, ?5, coalesce(?6, x''), coalesce(?7, x''), ?8) RETURNING id`, nil},
 		{&t.insertPDU, fmt.Sprintf("INSERT OR IGNORE INTO inbound_pdu VALUES (?1 >> %d, ?2, ?1)", inboundGen), nil},
 		{&t.del, "DELETE FROM inbound WHERE id = ?1", []string{"SEARCH inbound USING INTEGER PRIMARY KEY (rowid=?)"}},
 		// These read what there is of a generation.
@@ -140,7 +140,7 @@ func (t *inboundTable) put(x *InboundTxn) (int64, error) {
 		return rows, err
 	}
 	if err := t.insert.query(func(vals []driver.Value) error { return scan(vals, &t.last) },
-		key.hash(), key[:], one.Bytes, one.PDUs, x.Answered, []byte(t.list), x.Answer); err != nil {
+		key.hash(), key[:], one.Bytes, one.PDUs, x.Answered, []byte(t.list), x.Answer, x.Sum); err != nil {
 		return 0, err
 	}
 	for i := range t.keys {

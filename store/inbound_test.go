@@ -27,7 +27,7 @@ func inboundPDU(i, n int) InboundPDU {
 
 // inboundTxn has a number, an answer of so many bytes and so many PDUs.
 func inboundTxn(i, size, pdus int) InboundTxn {
-	x := InboundTxn{Origin: inboundOrigin(i), ID: fmt.Sprint("txn", i), Answered: inboundAt, Answer: filled(i, size)}
+	x := InboundTxn{Origin: inboundOrigin(i), ID: fmt.Sprint("txn", i), Answered: inboundAt, Answer: filled(i, size), Sum: int64(i)}
 	for n := range pdus {
 		x.PDUs = append(x.PDUs, inboundPDU(i, n))
 	}
@@ -43,11 +43,11 @@ func hashes(x *InboundTxn) (list [][32]byte) {
 
 func loadInbound(t testing.TB, s *Store, i int, since int64) ([]byte, bool) {
 	t.Helper()
-	answer, found, err := s.LoadInbound(inboundOrigin(i), fmt.Sprint("txn", i), since)
+	a, found, err := s.LoadInbound(inboundOrigin(i), fmt.Sprint("txn", i), since)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return answer, found
+	return a.Answer, found
 }
 
 func inboundPDUs(t testing.TB, s *Store, origin matrix.ServerName, list [][32]byte, since int64) ([]string, bool) {
@@ -62,12 +62,12 @@ func inboundPDUs(t testing.TB, s *Store, origin matrix.ServerName, list [][32]by
 // wantInbound checks that x is there as it is.
 func wantInbound(t testing.TB, s *Store, x *InboundTxn) {
 	t.Helper()
-	answer, found, err := s.LoadInbound(x.Origin, x.ID, x.Answered-1)
+	a, found, err := s.LoadInbound(x.Origin, x.ID, x.Answered-1)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want(t, "found "+x.ID, found, true)
-	want(t, "answer", answer, x.Answer)
+	want(t, "answer", a, InboundAnswer{x.Answer, x.Sum})
 	if len(x.PDUs) == 0 {
 		return
 	}
@@ -681,6 +681,7 @@ func TestTheFourthSchemaIsStillOpened(t *testing.T) {
 	auditCaches(t, s)
 	for i := 1; i <= 2; i++ {
 		x := inboundTxn(i, 20*i, i-1)
+		x.Sum = 0 // which that schema did not have
 		wantInbound(t, s, &x)
 	}
 	want(t, "totals", [2]int64{s.Stats().Inbound.Rows, s.Stats().Inbound.PDUs}, [2]int64{2, 1})

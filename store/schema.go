@@ -188,6 +188,10 @@ var migrations = []string{
 		name  TEXT NOT NULL PRIMARY KEY,
 		value TEXT NOT NULL
 	) STRICT, WITHOUT ROWID;`,
+
+	// 6: what tells the body of an inbound transaction from another under its id; 0
+	// where that is not known. SQLite changes no row for it.
+	`ALTER TABLE inbound ADD COLUMN sum INTEGER NOT NULL DEFAULT 0;`,
 }
 
 // migrate brings the file to schema len(steps), one transaction for each step,

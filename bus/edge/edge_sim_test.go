@@ -343,6 +343,8 @@ func (w *simWorld) do(e Effect) {
 		}
 		w.counts["replay"]++
 		w.answer(e.Req, true)
+	case Differs:
+		w.counts["differs"]++
 	case Empty:
 		r := w.reqs[e.Req]
 		if r.Txn == nil || !r.Txn.Ephemeral || !r.verified || w.cfg.Ephemeral == PassEphemeral && !w.m.changed {

@@ -545,8 +545,8 @@ func TestSameIDWithAnotherBodyIsTheSameTransaction(t *testing.T) {
 	other := pdus("1")
 	other.BodyHash[0] ^= 1
 	r.send("a.test", other)
-	if len(of[Forward](r.all)) != 1 || r.m.stats.Differing != 1 {
-		t.Errorf("%d forwarded, %d differ", len(of[Forward](r.all)), r.m.stats.Differing)
+	if len(of[Forward](r.all)) != 1 || r.m.stats.Differing != 1 || len(of[Differs](r.all)) != 1 {
+		t.Errorf("%d forwarded, %d differ, %d said", len(of[Forward](r.all)), r.m.stats.Differing, len(of[Differs](r.all)))
 	}
 	r.rest()
 }

@@ -50,6 +50,10 @@ type Replay struct {
 // forwarded, as one whose content was taken note of: 200 {"pdus":{}}.
 type Empty struct{ Req ReqID }
 
+// Differs: a transaction has an id that its origin has used for another content, which
+// counts. It is for the log, and another effect answers it.
+type Differs struct{ Req ReqID }
+
 // Refuse answers a request with an error of the bus's own.
 type Refuse struct {
 	Req        ReqID
@@ -97,6 +101,7 @@ func (Cancel) effect()  {}
 func (Reply) effect()   {}
 func (Replay) effect()  {}
 func (Empty) effect()   {}
+func (Differs) effect() {}
 func (Refuse) effect()  {}
 func (Record) effect()  {}
 func (Alive) effect()   {}

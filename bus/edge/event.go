@@ -110,6 +110,9 @@ type Looked struct {
 	// Found: this origin's transaction of this id was answered before, or the store
 	// has the event that is asked for, and the answer is at hand for Replay.
 	Found bool
+	// Differs: it was, with another body. Whoever changes what he repeats has lost that
+	// with any homeserver (S2S "Transactions").
+	Differs bool
 	// AllPDUs: the transaction was not, but the homeserver has acknowledged each of its PDUs
 	// before, byte for byte, and it has PDUs and no EDUs.
 	AllPDUs bool

@@ -53,7 +53,7 @@ func (m *Machine) transaction(r *request, o *origin) {
 func (m *Machine) again(r *request, c *call) {
 	m.stats.Joined++
 	if r.Txn.BodyHash != c.txn.BodyHash {
-		m.stats.Differing++
+		m.differs(r.Req)
 	}
 	switch {
 	case c.phase == phaseRecording && c.op == 0:
@@ -71,6 +71,12 @@ func (m *Machine) again(r *request, c *call) {
 	}
 }
 
+// differs notes that a transaction repeats an id with other content.
+func (m *Machine) differs(r ReqID) {
+	m.stats.Differing++
+	m.emit(Differs{r})
+}
+
 // looked goes on with what the store knows.
 func (m *Machine) looked(ev Looked) {
 	c := m.looks[ev.Req]
@@ -84,6 +90,9 @@ func (m *Machine) looked(ev Looked) {
 	}
 	switch {
 	case ev.Found:
+		if ev.Differs {
+			m.differs(ev.Req)
+		}
 		m.replay(c, false)
 	case len(c.waiters) == 0:
 		m.end(c)

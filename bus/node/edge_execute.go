@@ -43,6 +43,10 @@ func (s *edgeShell) perform(e edge.Effect, looked *caller) {
 		s.relays[e.Op].cancel()
 	case edge.Reply:
 		s.reply(s.ended(e.Req), s.relays[e.Op])
+	case edge.Differs:
+		c := s.requests[e.Req]
+		s.n.notable.write(slog.LevelWarn, "a server repeats the id of a transaction with other content, which no homeserver looks at: what it added is lost",
+			slog.String("origin", string(c.auth.origin)), slog.String("transaction", cut(c.txn.ID)))
 	case edge.Replay:
 		body := looked.found
 		if e.FromPDUs {

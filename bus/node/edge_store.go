@@ -1,6 +1,7 @@
 package node
 
 import (
+	"encoding/binary"
 	"errors"
 	"slices"
 	"strconv"
@@ -34,7 +35,7 @@ func (l lookJob) run(n *Node) {
 	if l.c.txn == nil {
 		ev.Found, err = l.event()
 	} else {
-		ev.Found, ev.AllPDUs, err = l.transaction()
+		err = l.transaction(&ev)
 	}
 	if err != nil && !errors.Is(err, store.ErrClosed) {
 		n.trouble.commit(err)
@@ -48,20 +49,25 @@ func (l lookJob) crashed(n *Node, err error) {
 }
 
 // transaction looks for what the transaction, or its PDUs, were answered before.
-func (l lookJob) transaction() (found, all bool, err error) {
+func (l lookJob) transaction(ev *edge.Looked) error {
 	origin, t := l.c.auth.origin, l.c.txn
 	since := l.s.n.clock.Now().Add(-store.InboundFor).Stored()
-	l.c.found, found, err = l.s.n.store.LoadInbound(origin, t.ID, since)
+	a, found, err := l.s.n.store.LoadInbound(origin, t.ID, since)
+	l.c.found, ev.Found = a.Answer, found
+	ev.Differs = found && a.Sum != 0 && a.Sum != sumOf(t)
 	if found || err != nil || t.PDUs == 0 || t.EDUs > 0 {
-		return found, false, err
+		return err
 	}
 	hashes := make([][32]byte, len(t.Hashes))
 	for i, h := range t.Hashes {
 		hashes[i] = h
 	}
-	l.c.acked, all, err = l.s.n.store.InboundPDUs(origin, hashes, since)
-	return false, all, err
+	l.c.acked, ev.AllPDUs, err = l.s.n.store.InboundPDUs(origin, hashes, since)
+	return err
 }
+
+// sumOf is what is stored of the hash of a transaction's body.
+func sumOf(t *edge.Txn) int64 { return int64(binary.BigEndian.Uint64(t.BodyHash[:])) }
 
 // event looks for an event among what waits for the server that asks for it.
 func (l lookJob) event() (found bool, err error) {
@@ -110,7 +116,7 @@ func (s *edgeShell) record(e edge.Record) {
 	now := s.n.clock.Now().Stored()
 	batch := &store.Batch{Inbound: make([]store.InboundTxn, 0, len(e.Answers))}
 	for _, a := range e.Answers {
-		row := store.InboundTxn{Origin: a.Origin, ID: a.Txn.ID, Answered: now, Answer: emptyAnswer}
+		row := store.InboundTxn{Origin: a.Origin, ID: a.Txn.ID, Answered: now, Answer: emptyAnswer, Sum: sumOf(a.Txn)}
 		if a.Op != 0 {
 			r := s.relays[a.Op]
 			if r.data != nil { // else it is larger than any real one, and only that it was answered counts

@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -310,6 +311,14 @@ func TestEdgeAnswersOutliveAKill(t *testing.T) {
 		r.sends(r.txn(0, fmt.Sprint("t", i), pduNo(i), ""), 200, first[i])
 	}
 	r.sends(r.txn(0, "p", "", presenceOfA), 200, `{"pdus":{}}`)
+	const text = "a server repeats the id of a transaction with other content"
+	if strings.Contains(r.log.String(), text) {
+		t.Error("what is the same is said to differ")
+	}
+	r.sends(r.txn(0, "t0", pduNo(0)+","+pduNo(9), ""), 200, first[0])
+	if e := r.report().Edge; !strings.Contains(r.log.String(), text) || !slices.Contains(e.Ways, CountReport{"differing", 1}) {
+		t.Errorf("that one differs is not said: %+v", e.Ways)
+	}
 	if n := len(r.home.seen); n != 6 {
 		t.Errorf("the homeserver saw %v", r.home.seen)
 	}
