@@ -670,6 +670,26 @@ func TestInboundComesWithTheFourthSchema(t *testing.T) {
 	want(t, "version", count(t, openRaw(t, old), "PRAGMA user_version"), int64(len(migrations)))
 }
 
+// A row that is damaged does not keep the file from being brought to the schema of today.
+func TestTheFourthSchemaIsOpenedWithADamagedRow(t *testing.T) {
+	script, err := os.ReadFile("testdata/v4.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := newPath(t)
+	makeRaw(t, path, string(script))
+	shell(t, path, `PRAGMA writable_schema = ON;
+		UPDATE sqlite_schema SET sql = replace(replace(sql, 'NOT NULL', ''), ') STRICT', ')') WHERE name = 'inbound'`)
+	shell(t, path, `UPDATE inbound SET answered = 'then', list = NULL WHERE id = (SELECT min(id) FROM inbound)`)
+	shell(t, path, `PRAGMA writable_schema = ON;
+		UPDATE sqlite_schema SET sql = replace(replace(replace(sql, 'list     BLOB    ,', 'list     BLOB    NOT NULL,'), 'answered INTEGER ,', 'answered INTEGER NOT NULL,'), char(10) || '	)', char(10) || '	) STRICT') WHERE name = 'inbound'`)
+	s := open(t, Options{Path: path})
+	if n := s.Stats().Inbound.Rows; n != 1 {
+		t.Errorf("%d rows are left of 2, one of them damaged", n)
+	}
+	closeStore(t, s)
+}
+
 func TestTheFourthSchemaIsStillOpened(t *testing.T) {
 	script, err := os.ReadFile("testdata/v4.sql")
 	if err != nil {

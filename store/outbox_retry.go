@@ -16,7 +16,8 @@ type RetryAside struct {
 	Destination matrix.ServerName
 	ID          int64 // of the only one; 0: all of Destination
 	// Once has only those tried again that have been aside for RetryAfter, and were set
-	// aside sooner than that after they were accepted: what is set aside again is not.
+	// aside sooner than that after they were accepted: what is set aside again is not. It
+	// is one item at a time: several that are refused again would hold up what is behind.
 	Once bool
 	Now  int64
 
@@ -97,8 +98,9 @@ func (r *RetryAside) load(o *outbox) (list []Aside, err error) {
 	if r.ID != 0 {
 		first, last = r.ID, r.ID
 	}
-	sooner := int64(maxSeq)
+	sooner, most := int64(maxSeq), int64(retryMost)
 	if r.Once {
+		most = 1
 		before, sooner = r.Now-RetryAfter.Milliseconds(), RetryAfter.Milliseconds()
 	}
 	err = o.asideOf.query(func(vals []driver.Value) error {
@@ -111,7 +113,7 @@ func (r *RetryAside) load(o *outbox) (list []Aside, err error) {
 		a.Kind = matrix.Kind(min(max(kind, 0), int64(matrix.NumKinds)+1)) // none beyond has a lane
 		list = append(list, a)
 		return nil
-	}, string(r.Destination), first, last, before, sooner, int64(retryMost))
+	}, string(r.Destination), first, last, before, sooner, most)
 	return list, err
 }
 

@@ -190,8 +190,11 @@ var migrations = []string{
 	) STRICT, WITHOUT ROWID;`,
 
 	// 6: what tells the body of an inbound transaction from another under its id; 0
-	// where that is not known. SQLite changes no row for it.
-	`ALTER TABLE inbound ADD COLUMN sum INTEGER NOT NULL DEFAULT 0;`,
+	// where that is not known. SQLite changes no row for it, but it looks at each, and
+	// would refuse all for one that is damaged, which is as good as none.
+	`DELETE FROM inbound WHERE typeof(hash) <> 'integer' OR typeof(key) <> 'blob' OR typeof(size) <> 'integer' OR typeof(pdus) <> 'integer'
+		OR typeof(answered) <> 'integer' OR typeof(list) <> 'blob' OR typeof(answer) <> 'blob';
+	ALTER TABLE inbound ADD COLUMN sum INTEGER NOT NULL DEFAULT 0;`,
 }
 
 // migrate brings the file to schema len(steps), one transaction for each step,
