@@ -20,7 +20,7 @@ const partRetry = 10 * time.Second
 // part is a listener that what goes out can do without: an address of the edge, or the
 // status page. One that cannot be opened is tried again, and said meanwhile.
 type part struct {
-	name  string // "edge 127.0.0.1:8448", for people
+	name  string // "edge 127.0.0.1:8448", as in the configuration
 	open  func() (net.Listener, error)
 	serve func(net.Listener) error // until it is shut down
 	ln    net.Listener             // opened, and not served yet
@@ -93,9 +93,8 @@ func (n *Node) serveParts(ctx context.Context, failed chan<- ended) {
 			continue
 		}
 		t.ln = nil
-		if n.parts.note(t, "") {
-			n.log.Info("listening", "part", t.name, "address", address(ln))
-		}
+		n.parts.note(t, "")
+		n.log.Info("listening", "for", t.name, "address", address(ln))
 		serve(ctx, func(ctx context.Context) {
 			err := t.serve(ln)
 			if errors.Is(err, http.ErrServerClosed) {
