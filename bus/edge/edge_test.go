@@ -891,6 +891,13 @@ func TestUnknownOutcomeIsTriedAgainSeldom(t *testing.T) {
 	r.step(Done{Op: r.forwarded().Op, Failure: matrix.FailRefused, Unsent: true})
 	r.one("a claim is sent again only if it never arrived", len(of[Refuse](r.last)) == 0)
 	r.rest()
+
+	r = newRig(t, nil)
+	r.get("a.test", "POST", "/_matrix/federation/v1/user/keys/claim")
+	r.step(Done{Op: r.forwarded().Op, Failure: matrix.FailReset, Away: true})
+	r.refused(502)
+	r.one("a connection that ended says that it is away, if no other can be made", r.m.home.down)
+	r.rest()
 }
 
 func TestHomeserverLimitIsNotPassedOn(t *testing.T) {

@@ -132,6 +132,7 @@ type Done struct {
 	Failure matrix.Failure // FailNone when the whole answer has arrived
 	Detail  string         // what went wrong, for people
 	Unsent  bool           // nothing of the request can have reached the homeserver
+	Away    bool           // the homeserver does not listen; what was sent before that may have reached it
 	Final   bool           // who asks can be answered without the homeserver, so it is not asked again
 }
 

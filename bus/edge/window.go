@@ -162,7 +162,7 @@ func (m *Machine) homeWorks() {
 func (m *Machine) homeEnded(c *call, ev Done, lost bool) {
 	h := &m.home
 	l := &m.lanes[bands[c.band].lane]
-	away := lost || gateway(c.status) && (c.txn != nil || c.probe)
+	away := lost || ev.Away || gateway(c.status) && (c.txn != nil || c.probe)
 	if !away {
 		if c.status == 0 && ev.Failure != matrix.FailLocal { // which says nothing about it
 			l.window.halve(m.now)

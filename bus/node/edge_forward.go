@@ -62,7 +62,9 @@ func (r *relay) run(s *edgeShell) {
 // read looks into an answer of which something is kept.
 func (r *relay) read(s *edgeShell) {
 	s.own.keep(r, s.n)
-	s.keysServed(r.c.endpoint)
+	if r.status == http.StatusOK {
+		s.keysServed(r.c.endpoint)
+	}
 	if r.c.txn != nil && r.c.authentic && r.status == http.StatusOK {
 		r.acknowledged(s)
 	}
@@ -129,10 +131,10 @@ func (s *edgeShell) exchange(r *relay) (done edge.Done) {
 	}
 	resp, err := s.upstream.Do(r.ctx, req)
 	if err != nil {
-		if errors.Is(err, netx.ErrUpstreamDown) {
+		done := s.unforwarded(err)
+		if done.Away {
 			s.own.asked(false)
 		}
-		done := s.unforwarded(err)
 		done.Final = s.stand(r.c.endpoint, q.Target) != nil
 		return done
 	}
@@ -180,7 +182,7 @@ func (s *edgeShell) exchange(r *relay) (done edge.Done) {
 
 // unforwarded says how an attempt failed.
 func (s *edgeShell) unforwarded(err error) edge.Done {
-	d := edge.Done{Detail: explain(err)}
+	d := edge.Done{Detail: explain(err), Away: errors.Is(err, netx.ErrUpstreamDown)}
 	switch {
 	case errors.Is(err, errAnswerTooLarge):
 		d.Failure = matrix.FailTooLarge
