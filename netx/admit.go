@@ -188,14 +188,13 @@ func (f *Front) authorized(values []string) bool {
 	return strings.EqualFold(scheme, "Bearer") && subtle.ConstantTimeCompare(sum[:], f.secret[:]) == 1
 }
 
-// noteSecret counts a request with the secret, or one without it.
+// noteSecret notes when a request with the secret came, or one without it.
 func (f *Front) noteSecret(right bool, now time.Time) {
 	f.mu.Lock()
 	s := &f.stats.Secret
 	if right {
 		s.LastRight, s.FirstWrong = now, time.Time{}
 	} else {
-		s.Wrong++
 		s.LastWrong = now
 		if s.FirstWrong.IsZero() {
 			s.FirstWrong = now

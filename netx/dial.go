@@ -125,6 +125,7 @@ func (d *dialer) dialTarget(ctx context.Context, tlsName string, t Target, alpn 
 	if err != nil && !small && cutShort(err) {
 		// Some firewalls reset what does not fit into one packet.
 		if raw, again := reach(); again == nil {
+			d.shakes.charge(fullCost)
 			if conn, err = d.handshake(ctx, raw, tlsName, alpn, true); err == nil {
 				d.small.note(tlsName)
 			}

@@ -169,9 +169,8 @@ type FrontStats struct {
 	Secret   SecretStats
 }
 
-// SecretStats says whether the requests have the secret.
+// SecretStats says when requests had the secret. Refused has how many did not, under 407.
 type SecretStats struct {
-	Wrong      int64     // requests without it
 	LastRight  time.Time // when the last request with it came; zero: never
 	FirstWrong time.Time // when the first without it came since then; zero: none did
 	LastWrong  time.Time // when the last without it came; zero: never

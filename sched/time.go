@@ -23,7 +23,7 @@ func (t Time) Before(u Time) bool { return t < u }
 // Stored returns t as milliseconds, as it is stored and shown, 0 for "never".
 func (t Time) Stored() int64 { return int64(t) / int64(time.Millisecond) }
 
-// FromWall is the inverse of Stored.
+// FromStored is the inverse of Stored.
 func FromStored(ms int64) Time { return Time(ms) * Time(time.Millisecond) }
 
 // Std returns t as a time.Time, for x/time/rate and for display.

@@ -158,10 +158,10 @@ type InboundAnswer struct {
 	Sum    int64
 }
 
-// LoadInbound returns the stored answer to a transaction, and
-// whether there is one, answered after since (Unix ms). It sees whatever was completed
-// before the call, reads a few pages, and waits for nobody but other look-ups. A row
-// that cannot be one of ours is as good as none (Stats.Damaged).
+// LoadInbound returns the stored answer to a transaction, and whether there is one,
+// answered after since (Unix ms). It sees whatever was completed before the call, reads
+// a few pages, and waits for nobody but other look-ups. A row that cannot be one of ours
+// is as good as none (Stats.Damaged).
 func (s *Store) LoadInbound(origin matrix.ServerName, id string, since int64) (a InboundAnswer, found bool, err error) {
 	key := newInboundKey(origin, id)
 	var bad error

@@ -292,7 +292,7 @@ func (o *outbox) queries() []struct {
 		{&o.cutAside, "DELETE FROM aside WHERE id IN (SELECT id FROM aside ORDER BY id LIMIT 1) RETURNING size"},
 		{&o.forgetAside, "DELETE FROM aside WHERE id <= ?1 RETURNING size"},
 		{&o.oneAside, "DELETE FROM aside WHERE id = ?1 RETURNING size"},
-		{&o.asideOf, "SELECT id, kind, accepted, bytes FROM aside WHERE dest = ?1 AND id BETWEEN ?2 AND ?3 AND at <= ?4 AND at - accepted < ?5 ORDER BY id LIMIT ?6"},
+		{&o.asideOf, "SELECT id, kind, accepted, bytes FROM aside WHERE dest = ?1 AND id BETWEEN ?2 AND ?3 AND at <= ?4 AND at - accepted < ?5 ORDER BY id"},
 
 		{&o.pages, "PRAGMA page_count"},
 		{&o.free, "PRAGMA freelist_count"},

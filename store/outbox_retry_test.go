@@ -3,6 +3,7 @@ package store
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
 	"fsbus/bus/matrix"
@@ -14,7 +15,8 @@ func aside(t *testing.T, s *Store, dest matrix.ServerName, at int64, items ...ma
 	for i := range items {
 		do(t, s, &Accept{Destination: dest, Items: items[i : i+1], Accepted: at - 10})
 		p := pack(t, s, dest, fmt.Sprint("b", at, i), at)
-		if r := settle(t, s, dest, p.ID, Bisect); r.SetAside == nil {
+		op := &Settle{Destination: dest, TxnID: p.ID, Outcome: Bisect, Now: at, Reason: "refused"}
+		if do(t, s, op); op.Result.SetAside == nil {
 			t.Fatal("it is not set aside")
 		}
 	}
@@ -103,6 +105,49 @@ func TestARetryKeepsToTheBoundsOfTheQueue(t *testing.T) {
 		t.Errorf("%+v: nothing is lost", st)
 	}
 	do(t, s, &RetryAside{Destination: "a.test", ID: 1})
+	closeStore(t, s)
+	audit(t, path)
+}
+
+// What stays aside is in nobody's way, however much of it is older.
+func TestWhatStaysAsideHoldsUpNothing(t *testing.T) {
+	path := newPath(t)
+	s := open(t, Options{Path: path})
+	at := 2 * RetryAfter.Milliseconds()
+	for i := range retryMost + 1 {
+		txn, err := matrix.ParseTransaction(fmt.Appendf(nil, `{"origin":"x","edus":[{"edu_type":"m.receipt","content":{"!%d:x":{"m.read":{"@u:x":{"event_ids":["$a"],"data":{"ts":1}}}}}}]}`, i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		aside(t, s, "a.test", at+int64(i), txn.Items(nil)...)
+	}
+	aside(t, s, "a.test", at+retryMost+1, matrix.Item{Kind: matrix.KindToDevice, Payload: []byte(`{}`)})
+	aside(t, s, "a.test", at+retryMost+2, matrix.Item{Kind: matrix.KindToDevice, Payload: []byte(`{"a":1}`)})
+	for _, r := range []*RetryAside{
+		{Destination: "a.test", Once: true, Now: at + retryMost + 2 + RetryAfter.Milliseconds()},
+		{Destination: "a.test"},
+	} {
+		if do(t, s, r); r.Result.Again.Items != 1 || r.Result.Left != retryMost+1 {
+			t.Errorf("once %t: %+v", r.Once, r.Result)
+		}
+	}
+	closeStore(t, s)
+	audit(t, path)
+}
+
+func TestARetryHasABoundInBytes(t *testing.T) {
+	path := newPath(t)
+	s := open(t, Options{Path: path})
+	large := fmt.Appendf(nil, `{"a":%q}`, strings.Repeat("x", retryBytes/2))
+	for i := range 4 {
+		aside(t, s, "a.test", int64(100*(i+1)), matrix.Item{Kind: matrix.KindToDevice, Payload: large})
+	}
+	for want := int64(2); want >= 0; want -= 2 {
+		r := &RetryAside{Destination: "a.test"}
+		if do(t, s, r); r.Result.Again.Items != 2 || s.Stats().Outbox.Aside != want {
+			t.Errorf("%+v, and %d are aside, want %d", r.Result, s.Stats().Outbox.Aside, want)
+		}
+	}
 	closeStore(t, s)
 	audit(t, path)
 }

@@ -346,7 +346,7 @@ type FederationConfig struct {
 	// "name:port" = "address" or "address:port". Default: none.
 	Resolve map[string]string `toml:"resolve" eg:"{\"hs2.test\" = \"127.0.0.1\"}"`
 	// Proxy is an HTTP proxy through which servers are reached, by CONNECT:
-	// "http://[user:password@]host[:port]". Those with an address in Resolve are reached
+	// "http://[user:password@]host[:port]", port 3128 if none is given. Those with an address in Resolve are reached
 	// directly. Default "": none, whatever https_proxy says. ProxyDNS has it look up the
 	// names of servers too, where this machine cannot; then SRV records are not seen, and
 	// IPRangeBlocklist is the proxy's to keep.

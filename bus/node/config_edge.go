@@ -415,8 +415,8 @@ func (c *Config) edgeWarnings(warn func(format string, args ...any)) {
 	if openToOthers(e.TLSPrivateKey) {
 		warn("edge.tls_private_key: every user of this system can read or change %s: chmod 640 %s", quote(e.TLSPrivateKey), clean(e.TLSPrivateKey))
 	}
-	if e.TLSCertificate != "" {
-		if w := certificateWarning(e.certificate, time.Now()); w != "" && !e.certificate.NotAfter.IsZero() {
+	if !e.certificate.NotAfter.IsZero() { // else it could not be read, which is said already
+		if w := certificateWarning(e.certificate, time.Now()); w != "" {
 			warn("edge.tls_certificate: %s: %s", quote(e.TLSCertificate), w)
 		}
 		if w := e.nameWarning(e.certificate, hostOf(string(c.Homeserver.ServerName))); w != "" {

@@ -47,7 +47,7 @@ func (c *Config) taken() (wrong, notes []string) {
 			if spec == "" || strings.HasPrefix(spec, "unix:") { // a socket that is there is replaced
 				continue
 			}
-			ln, err := net.Listen("tcp", spec)
+			ln, err := netx.Listen(spec, netx.ListenOptions{AllowRemote: true})
 			if err == nil {
 				ln.Close()
 				continue
@@ -170,7 +170,7 @@ func (e *EdgeConfig) nameWarning(i netx.CertificateInfo, serverHost string) stri
 	if e.WellKnown != "" {
 		host = hostOf(e.WellKnown)
 	}
-	if i.NotAfter.IsZero() || covers(i.Names, host) {
+	if covers(i.Names, host) {
 		return ""
 	}
 	return fmt.Sprintf("it is for %s, and not for %s: other servers refuse it, unless /.well-known/matrix/server of %s names one of those", strings.Join(i.Names, ", "), host, serverHost)

@@ -267,7 +267,10 @@ func (p page) edge(r *EdgeReport) {
 		p.end()
 	}
 	if c := r.Certificate; c != nil {
-		p.f(`<p class="dim">Certificate for %s, valid until %s.`, esc(fmt.Sprint(c.Names)), c.NotAfter.UTC().Format(time.DateTime))
+		p.WriteString(`<p class="dim">`)
+		if !c.NotAfter.IsZero() {
+			p.f(`Certificate for %s, valid until %s.`, esc(fmt.Sprint(c.Names)), c.NotAfter.UTC().Format(time.DateTime))
+		}
 		if c.Problem != "" {
 			p.f(` <span class="no">%s</span>`, esc(c.Problem))
 		}
@@ -326,7 +329,7 @@ func (e exposition) edge(r *EdgeReport) {
 	e.one("fsbus_edge_gaps_total", "counter", "Events that name others before them which have not come by.", float64(r.Gaps))
 	e.one("fsbus_edge_ephemeral_rate", "gauge", "Transactions of presence and typing that the homeserver is given in a second.", r.EphemeralPS)
 	if c := r.Certificate; c != nil {
-		e.one("fsbus_edge_certificate_not_after_seconds", "gauge", "When the certificate in use ends, in seconds since the epoch.", float64(c.NotAfter.Unix()))
+		e.one("fsbus_edge_certificate_not_after_seconds", "gauge", "When the certificate in use ends, in seconds since the epoch; 0 if there is none.", float64(max(0, c.NotAfter.Unix())))
 	}
 	for _, f := range []struct {
 		name, label, help string

@@ -3,6 +3,7 @@ package node
 import (
 	"fmt"
 	"log/slog"
+	"net/http"
 	"time"
 
 	"fsbus/netx"
@@ -14,7 +15,7 @@ type HomeserverReport struct {
 	// since the start.
 	LastSeen *time.Time `json:"last_seen,omitempty"`
 	// WrongSecret counts the requests without it.
-	WrongSecret int64 `json:"wrong_secret"`
+	WrongSecret uint64 `json:"wrong_secret"`
 	// Text is LastSeen for people.
 	Text string `json:"text"`
 }
@@ -28,7 +29,7 @@ const (
 )
 
 func homeserverReport(s *netx.FrontStats, now time.Time) HomeserverReport {
-	r := HomeserverReport{WrongSecret: s.Secret.Wrong}
+	r := HomeserverReport{WrongSecret: s.Refused[http.StatusProxyAuthRequired]}
 	if s.Secret.LastRight.IsZero() {
 		r.Text = "the homeserver has not connected since the start"
 		if r.WrongSecret > 0 {

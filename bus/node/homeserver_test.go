@@ -32,13 +32,15 @@ func TestAWrongSecretIsUnhealthyAfterAMinute(t *testing.T) {
 
 func TestHomeserverLastSeen(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
-	for want, s := range map[string]netx.SecretStats{
+	wrong := map[int]uint64{407: 3, 404: 1}
+	for want, s := range map[string]netx.FrontStats{
 		"has not connected since the start": {},
-		"with the right secret":             {Wrong: 3},
-		"was last seen 3s ago":              {Wrong: 3, LastRight: now.Add(-3 * time.Second)},
-		"was last seen 0s ago":              {LastRight: now.Add(time.Second)},
+		"with the right secret":             {Refused: wrong},
+		"was last seen 3s ago":              {Refused: wrong, Secret: netx.SecretStats{LastRight: now.Add(-3 * time.Second)}},
+		"was last seen 0s ago":              {Secret: netx.SecretStats{LastRight: now.Add(time.Second)}},
 	} {
-		if r := homeserverReport(&netx.FrontStats{Secret: s}, now); !strings.Contains(r.Text, want) || (r.LastSeen != nil) != !s.LastRight.IsZero() {
+		r := homeserverReport(&s, now)
+		if !strings.Contains(r.Text, want) || (r.LastSeen != nil) != !s.Secret.LastRight.IsZero() || r.WrongSecret != s.Refused[407] {
 			t.Errorf("%+v: %+v", s, r)
 		}
 	}

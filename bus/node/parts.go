@@ -24,6 +24,7 @@ type part struct {
 	open  func() (net.Listener, error)
 	serve func(net.Listener) error // until it is shut down
 	ln    net.Listener             // opened, and not served yet
+	err   string                   // of the last attempt, "" if it went well
 }
 
 // parts knows which are missing.
@@ -52,15 +53,13 @@ func (p *parts) reason() string {
 	return strings.Join(all, "; ")
 }
 
-func (p *parts) note(t *part, why string) (changed bool) {
+func (p *parts) note(t *part, why string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	changed = p.why[t] != why
 	if p.why == nil {
 		p.why = make(map[*part]string)
 	}
 	p.why[t] = why
-	return changed
 }
 
 // addPart opens a part, or notes why that cannot be.
@@ -75,14 +74,19 @@ func (n *Node) openPart(t *part) {
 		n.missing(t, err)
 		return
 	}
-	t.ln = ln
+	t.ln, t.err = ln, ""
 }
 
-// missing notes that a part is not there. It is logged once for each cause.
+// missing notes that a part is not there. Each cause is logged once, and looked into once:
+// to find out who has an address takes a look at all files of all processes.
 func (n *Node) missing(t *part, err error) {
-	if why := fmt.Sprintf("%s cannot be reached: %v%s", t.name, err, holderText(err)); n.parts.note(t, why) {
-		n.log.Error("fsbus does without a listener, and tries again each "+partRetry.String(), slog.String("why", why))
+	if err.Error() == t.err {
+		return
 	}
+	t.err = err.Error()
+	why := fmt.Sprintf("%s cannot be reached: %v%s", t.name, err, holderText(err))
+	n.parts.note(t, why)
+	n.log.Error("fsbus does without a listener, and tries again each "+partRetry.String(), slog.String("why", why))
 }
 
 // serveParts serves those that are open.
@@ -111,10 +115,7 @@ func (n *Node) serveParts(ctx context.Context, failed chan<- ended) {
 // retryParts opens what is missing. It reports whether nothing is any more.
 func (n *Node) retryParts(ctx context.Context, failed chan<- ended) bool {
 	for _, t := range n.parts.list {
-		n.parts.mu.Lock()
-		missing := n.parts.why[t] != ""
-		n.parts.mu.Unlock()
-		if missing {
+		if t.err != "" {
 			n.openPart(t)
 		}
 	}
