@@ -206,6 +206,14 @@ func (f *Front) noteSecret(right bool, now time.Time) {
 	}
 }
 
+// progress gives the body more time, unless later is zero.
+func (in *Inbound) progress(_ int64, later time.Time) error {
+	if later.IsZero() {
+		return nil
+	}
+	return in.conn.SetReadDeadline(later)
+}
+
 // readBody reads the body, if there is one, into the spool. After an error
 // nothing of it is left there.
 func (f *Front) readBody(in *Inbound, r *http.Request) error {
@@ -222,7 +230,7 @@ func (f *Front) readBody(in *Inbound, r *http.Request) error {
 		}
 	}
 	var err error
-	in.Body, in.Sum, err = f.receiver.receive(r.Body, limit, bodyPace{in.Received, f.cfg.BodyTimeout, defaultBodyRate, defaultBodyTotal, in.conn.SetReadDeadline})
+	in.Body, in.Sum, err = f.receiver.receive(r.Body, limit, bodyPace{in.Received, f.cfg.BodyTimeout, defaultBodyRate, defaultBodyTotal, in.progress})
 	if err == refuseTime {
 		// The homeserver is slow, or this machine: Synapse would take any 4xx to
 		// /send for the destination's, and call that down.

@@ -30,12 +30,13 @@ const (
 	// smallest window that there is. 64 KiB carry 5 Mbit/s at 100 ms.
 	edgeWindow = 64 << 10
 
-	maxMethod        = 32      // bytes
-	maxTarget        = 8 << 10 // bytes
-	edgeRetryAfter   = "10"    // seconds, when too many requests are held
-	edgeLinger       = 500 * time.Millisecond
-	edgeReadBuffer   = 16 << 10 // of HTTP/2 frames; the smallest there is
-	edgeHeaderTable  = 4 << 10  // of HPACK; what a client may presume
+	maxMethod        = 32                     // bytes
+	maxTarget        = 8 << 10                // bytes
+	edgeRetryAfter   = "10"                   // seconds, when too many requests are held
+	edgeLinger       = 500 * time.Millisecond // how long what is refused may go on sending
+	ownAnswerFor     = 5 * time.Second        // for writing a small answer of our own
+	edgeReadBuffer   = 16 << 10               // of HTTP/2 frames; the smallest there is
+	edgeHeaderTable  = 4 << 10                // of HPACK; what a client may presume
 	edgeWriteTimeout = 30 * time.Second
 )
 
@@ -50,31 +51,29 @@ type EdgeConfig struct {
 	// Whoever connects over a unix socket is trusted as well.
 	TrustedProxies []netip.Prefix
 
-	// MaxConns bounds the accepted connections. When all are in use, the one
-	// that has been idle between two requests for longest, and for 200 ms at least,
-	// is closed for a new one; else, of a client (an IPv4 address or an IPv6 /64)
-	// that has more than a quarter of them, the oldest on which no request has come
-	// for 200 ms, except of trusted proxies; else new ones wait in the kernel's
-	// accept backlog, and connections end with their next answer. Each listener that
-	// is served takes one of the places while it waits for a connection. 0 means
-	// 256. Each needs a file descriptor.
+	// MaxConns bounds the connections. When all are in use, another one gives way to a
+	// new one, of whoever has most; see edgeConns. 0 means 256. Each needs a file
+	// descriptor, and each listener that is served one more.
 	MaxConns int
 
 	// MaxConnsPerAddr bounds those of one client: an IPv4 address or an IPv6
-	// /64. A further one is closed at once, unless one of the client's others is
-	// idle: then that one is. Trusted proxies are exempt. 0 means no bound: one
-	// host may serve many homeservers.
+	// /64. A further one is closed at once, unless one of the client's others gives way:
+	// then that one is. Trusted proxies are exempt. 0 means no bound but a quarter of
+	// MaxConns when all are in use: one host may serve many homeservers.
 	MaxConnsPerAddr int
 
 	// MaxReading bounds the requests whose body is being read at a time: from its
 	// first byte on. A client gets one only while three times as many as it has are
 	// free: a quarter of all at most. Others wait, for BodyTimeout, and the client
-	// that has fewest is next. 0 means 32.
+	// that has fewest is next; meanwhile the slowest of those that are read gives way,
+	// with 408, if it is slower than BodyRate. 0 means 32.
 	MaxReading int
 
-	// MaxRequests bounds the requests held at a time: those whose body is read
-	// or waits to be, and those that wait for their answer or get it. A client has
-	// a share as with MaxReading. A further one is answered 503 with Retry-After.
+	// MaxRequests bounds the requests held at a time, each from its complete header to the
+	// end of its answer, whoever makes it. A client has
+	// a share as with MaxReading. A further one is answered 503 with Retry-After; if
+	// MaxRefusals of those answers are under way it has none: its stream is reset, or
+	// its connection.
 	// Requests through a trusted proxy without X-Forwarded-For have no share, here
 	// and with MaxReading; they leave an eighth to others. 0 means 256.
 	MaxRequests int
@@ -144,7 +143,7 @@ type EdgeConfig struct {
 // EdgeRequest.
 //
 // It is made of net/http's Server, which is what reads the wire. That costs, in
-// goroutines: one for a connection of HTTP/1.1, and a second while a request on
+// goroutines: one for a handshake, one for a connection of HTTP/1.1, and a second while a request on
 // it waits; two for a connection of HTTP/2, and one for each request on it.
 // MaxConns and MaxRequests bound them. Serve runs in the caller's.
 //
@@ -158,11 +157,15 @@ type EdgeConfig struct {
 //	501  Transfer-Encoding is not exactly chunked
 //	505  the version is not HTTP/1.x
 //
+// and a headGuard, in JSON, 431 to a head of more than 128 lines.
+//
 // With HTTP/2 it resets the stream or closes the connection instead, also when
 // streams are opened and reset too fast, or a header does not end. The Edge
 // refuses, in Matrix's JSON, before the body is read and in this order:
 //
+//	503 M_UNKNOWN        MaxRequests are held, with Retry-After
 //	405 M_UNRECOGNIZED   the method is CONNECT
+//	431 M_TOO_LARGE      the header has more than 128 fields (HTTP/2)
 //	400 M_INVALID_PARAM  the method is too long; the target is not a path, with a
 //	                     query or not, of printable ASCII without '#'
 //	414 M_TOO_LARGE      the target is over 8 KiB
@@ -171,7 +174,6 @@ type EdgeConfig struct {
 //	400 M_UNKNOWN        GET or HEAD with a body, over which Synapse checks no signature
 //	413 M_TOO_LARGE      Content-Length is over MaxBody
 //	                     what Check refuses
-//	503 M_UNKNOWN        MaxRequests are held, with Retry-After
 //
 // and while it is read 413, 400, 503 and 500 as Front has them, but 408 when
 // BodyTimeout is over while there was room in the spool. A request that the client
@@ -179,7 +181,7 @@ type EdgeConfig struct {
 //
 // A connection is closed after a refusal of the Edge's own that leaves a body
 // unread, but not after 503 and what Check refuses: there up to 256 KiB of body
-// are read and thrown away. It is closed as well after the answer to HTTP/1.0 and
+// are read and thrown away, for half a second. It is closed as well after the answer to HTTP/1.0 and
 // to a chunked request of HTTP/1.1. In the latter, net/http drops a
 // Content-Length unseen, in the former a Transfer-Encoding, and a proxy that
 // believed the other one of the two would see a further request where there is
@@ -193,6 +195,7 @@ type EdgeConfig struct {
 type Edge struct {
 	cfg      EdgeConfig
 	server   http.Server
+	tls      *tls.Config // nil: plain HTTP/1.1
 	conns    *edgeConns
 	reading  *fairSlots
 	lastID   atomic.Uint64
@@ -200,14 +203,16 @@ type Edge struct {
 	connLog  rate.Sometimes // of what clients can cause
 	receiver receiver
 
-	mu    sync.Mutex
-	stats EdgeStats          // without what conns and reading count
-	held  map[netip.Addr]int // requests of each client; of nobody knows whom under zero
+	mu      sync.Mutex
+	stats   EdgeStats // without what conns and reading count
+	held    shares    // requests of each client; of nobody knows whom under zero
+	refused shares    // those beyond MaxRequests that are being answered
+	refuses int       // how many those are
 }
 
 // EdgeStats is a snapshot of what an Edge holds and has done.
 type EdgeStats struct {
-	Open       int // connections accepted and not yet closed, and listeners that wait for one
+	Open       int // connections that have a place
 	Idle       int // those of them that are between two requests
 	Reading    int // requests whose body is being read
 	Held       int // requests that count towards MaxRequests
@@ -220,8 +225,10 @@ type EdgeStats struct {
 	Gone      uint64         // clients that went away while they waited for an answer
 	Cut       uint64         // clients that went away inside the request's body
 	Evicted   uint64         // idle connections closed for new ones
-	Crowding  uint64         // connections without a request closed for new ones, of clients with more than a quarter of all
-	OverAddr  uint64         // connections closed because of MaxConnsPerAddr
+	Crowding  uint64         // connections on which no request was read or answered, closed for new ones
+	Slow      uint64         // bodies and answers broken off for others, as they were the slowest
+	OverAddr  uint64         // connections closed because their client had MaxConnsPerAddr, or a quarter of all when all were in use
+	Dropped   uint64         // requests beyond MaxRequests that got no answer
 	Protocol  uint64         // HTTP/2 connections and streams that net/http ended for what the client did
 	Handshake uint64         // TLS handshakes that failed
 	Refused   map[int]uint64 // answers of the Edge itself and of Check, by status code; not net/http's
@@ -252,13 +259,14 @@ func NewEdge(c EdgeConfig) *Edge {
 	}
 	e := &Edge{
 		cfg:      c,
-		reading:  newFairSlots(c.MaxReading),
+		reading:  newFairSlots(c.MaxReading, c.BodyRate),
 		errorLog: rate.Sometimes{First: 1, Interval: errorLogInterval},
 		connLog:  rate.Sometimes{First: 1, Interval: errorLogInterval},
 		stats:    EdgeStats{Refused: map[int]uint64{}},
-		held:     map[netip.Addr]int{},
+		held:     newShares(),
+		refused:  newShares(),
 	}
-	e.conns = newEdgeConns(c.MaxConns, c.MaxConnsPerAddr, e.trusted)
+	e.conns = newEdgeConns(c.MaxConns, c.MaxConnsPerAddr, c.BodyRate, e.trusted)
 	e.receiver = receiver{c.Spool, c.Logger, &e.errorLog}
 
 	protocols := new(http.Protocols)
@@ -267,7 +275,7 @@ func NewEdge(c EdgeConfig) *Edge {
 	e.server = http.Server{
 		Handler:           http.HandlerFunc(e.serve),
 		Protocols:         protocols,
-		ReadHeaderTimeout: c.HeaderTimeout, // and the handshake's
+		ReadHeaderTimeout: c.HeaderTimeout,
 
 		DisableGeneralOptionsHandler: true, // it would answer "*" with 200
 		IdleTimeout:                  c.IdleTimeout,
@@ -294,7 +302,8 @@ func NewEdge(c EdgeConfig) *Edge {
 	}
 	e.server.RegisterOnShutdown(e.conns.closeFresh)
 	if c.TLS != nil {
-		e.server.TLSConfig = c.TLS.Config()
+		e.tls = c.TLS.Config()
+		e.tls.NextProtos = []string{"h2", "http/1.1"}
 	} else {
 		e.server.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){}
 	}
@@ -308,14 +317,13 @@ type edgeConnKey struct{}
 func (e *Edge) trusted(addr netip.Addr) bool { return within(e.cfg.TrustedProxies, addr) }
 
 // Serve accepts connections from ln until Close or Shutdown, and closes it.
-// Several listeners may be served at once, but fewer than MaxConns. The error is
-// never nil, and http.ErrServerClosed after Close or Shutdown.
+// Several listeners may be served at once. The error is never nil, and http.ErrServerClosed after Close or Shutdown.
 func (e *Edge) Serve(ln net.Listener) error {
-	l := &edgeListener{Listener: ln, conns: e.conns}
-	if e.cfg.TLS != nil {
-		return e.server.ServeTLS(l, "", "")
-	}
-	return e.server.Serve(l)
+	l := newEdgeListener(ln, e)
+	go l.run()
+	err := e.server.Serve(l)
+	_ = l.Close() // run ends, also when nothing was ever served
+	return err
 }
 
 // Shutdown stops accepting, closes idle connections and those on which no
@@ -338,11 +346,17 @@ func (e *Edge) Stats() EdgeStats {
 	e.mu.Unlock()
 	c := e.conns
 	c.mu.Lock()
-	s.Open, s.Idle, s.MaxOpen, s.Evicted, s.Crowding, s.OverAddr = c.open, c.idle.Len(), c.most, c.evicted, c.crowding, c.refused
+	s.Open, s.MaxOpen, s.Evicted, s.Crowding, s.Slow, s.OverAddr = len(c.all), c.most, c.evicted, c.crowding, c.slow, c.overClient
+	for c := range c.all { // a sum
+		if c.class == classIdle {
+			s.Idle++
+		}
+	}
 	c.mu.Unlock()
 	r := e.reading
 	r.mu.Lock()
 	s.Reading, s.MaxReading = r.used, r.most
+	s.Slow += r.cuts
 	r.mu.Unlock()
 	return s
 }
@@ -352,14 +366,9 @@ type edgeLog struct{ e *Edge }
 
 func (l edgeLog) Write(line []byte) (int, error) {
 	text := string(bytes.TrimSpace(line))
-	switch {
-	case strings.Contains(text, "Accept error"): // no descriptor is left, say
+	if strings.Contains(text, "Accept error") { // no descriptor is left, say
 		l.e.errorLog.Do(func() { l.e.cfg.Logger.Error("a connection could not be accepted", "err", text) })
 		return len(line), nil
-	case strings.Contains(text, "TLS handshake error"):
-		l.e.mu.Lock()
-		l.e.stats.Handshake++
-		l.e.mu.Unlock()
 	}
 	l.e.connLog.Do(func() { l.e.cfg.Logger.Info("a client's connection ended badly", "err", text) })
 	return len(line), nil

@@ -163,7 +163,7 @@ func TestEdgeContinuationFlood(t *testing.T) {
 			t.Fatal("the flood goes on")
 		}
 	}
-	eventually(t, "the connection is closed", func() bool { return et.Stats().Open == 1 })
+	eventually(t, "the connection is closed", func() bool { return et.Stats().Open == 0 })
 	if s := et.Stats(); s.Requests != 0 {
 		t.Errorf("%+v", s)
 	}

@@ -64,6 +64,8 @@ type EdgeRequest struct {
 	close     bool // the connection must not be used for another request
 	announces bool // a body, or one of unknown size
 	released  atomic.Bool
+	place     place
+	at        phase // what it does with conn; whoever may answer changes it
 
 	state inboundState  // guarded by edge.mu
 	work  chan func()   // what Answer wants done; room for one
@@ -99,11 +101,12 @@ func (e *Edge) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	q.conn = r.Context().Value(edgeConnKey{}).(*edgeConn)
 	q.close = !q.HTTP2 && (r.Proto != "HTTP/1.1" || len(r.TransferEncoding) > 0)
-	held := false
+	q.announces = r.ContentLength != 0
+	q.Client = q.client(r.Header["X-Forwarded-For"])
+	leave := e.hold(q)
 	defer func() {
-		if held {
-			e.unhold(q)
-		}
+		q.enter(phaseNone)
+		leave()
 		switch p := recover(); {
 		case p == http.ErrAbortHandler:
 			panic(p)
@@ -112,6 +115,14 @@ func (e *Edge) serve(w http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler)
 		}
 	}()
+	switch q.place {
+	case placeRefused:
+		ref := refuseRequests
+		q.refuse(&EdgeRefusal{Status: ref.status, Errcode: ref.errcode, Message: ref.message, Header: http.Header{"Retry-After": {edgeRetryAfter}}}, false)
+		return
+	case placeNone:
+		q.drop()
+	}
 	if ref := q.head(r); ref != nil {
 		q.refuse(&EdgeRefusal{Status: ref.status, Errcode: ref.errcode, Message: ref.message}, q.announces)
 		return
@@ -121,11 +132,6 @@ func (e *Edge) serve(w http.ResponseWriter, r *http.Request) {
 			q.refuse(ref, false)
 			return
 		}
-	}
-	if held = e.hold(q); !held {
-		ref := refuseRequests
-		q.refuse(&EdgeRefusal{Status: ref.status, Errcode: ref.errcode, Message: ref.message, Header: http.Header{"Retry-After": {edgeRetryAfter}}}, false)
-		return
 	}
 	if err := q.readBody(r); err != nil {
 		ref, ok := err.(*refusal)
@@ -138,32 +144,53 @@ func (e *Edge) serve(w http.ResponseWriter, r *http.Request) {
 		q.refuse(&EdgeRefusal{Status: ref.status, Errcode: ref.errcode, Message: ref.message}, true)
 		return
 	}
+	q.enter(phaseWait)
 	q.hand(r.Context())
 }
 
-// hold counts the request towards MaxRequests, unless so many are held, or as many
-// for its client as it may have of them.
-func (e *Edge) hold(q *EdgeRequest) bool {
+// place is how a request counts from its header to the end of its answer.
+type place uint8
+
+const (
+	placeHeld    place = iota // towards MaxRequests
+	placeRefused              // beyond that, and answered that there are too many
+	placeNone                 // beyond that as well
+)
+
+// MaxRefusals returns how many requests beyond MaxRequests are answered at a time.
+func MaxRefusals(maxRequests int) int { return max(16, maxRequests/8) }
+
+// hold gives a request its place: a real one, unless so many are held, or as many for
+// its client as it may have of them. leave gives it back.
+func (e *Edge) hold(q *EdgeRequest) (leave func()) {
 	key := q.clientKey()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if !mayTake(key, e.held[key], e.stats.Held, e.cfg.MaxRequests) {
-		return false
+	n, by := &e.stats.Held, &e.held
+	switch refuses := MaxRefusals(e.cfg.MaxRequests); {
+	case mayTake(key, e.held.weight(key), e.stats.Held, e.cfg.MaxRequests):
+	case mayTake(key, e.refused.weight(key), e.refuses, refuses):
+		q.place, n, by = placeRefused, &e.refuses, &e.refused
+	default:
+		q.place = placeNone
+		e.stats.Dropped++
+		return func() {}
 	}
-	e.stats.Held++
+	*n++
 	e.stats.MaxHeld = max(e.stats.MaxHeld, e.stats.Held)
-	e.held[key]++
-	return true
+	by.add(key, 1)
+	return func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		*n--
+		by.add(key, -1)
+	}
 }
 
-func (e *Edge) unhold(q *EdgeRequest) {
-	key := q.clientKey()
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.stats.Held--
-	if e.held[key]--; e.held[key] == 0 {
-		delete(e.held, key)
-	}
+// enter notes what the request does with its connection from now on.
+func (q *EdgeRequest) enter(to phase) {
+	q.conn.phase(q.at, to)
+	q.at = to
 }
 
 // clientKey is what its client's share is counted under; zero if nobody knows whose
@@ -179,7 +206,6 @@ func (q *EdgeRequest) clientKey() netip.Addr {
 // change what the origin has signed.
 func (q *EdgeRequest) head(r *http.Request) *refusal {
 	q.Size = r.ContentLength
-	q.announces = r.ContentLength != 0
 	switch {
 	case q.Method == http.MethodConnect:
 		return refuseConnect
@@ -191,12 +217,13 @@ func (q *EdgeRequest) head(r *http.Request) *refusal {
 		return refusePath
 	case q.Host != "" && !validHost(q.Host):
 		return refuseHost
+	case fields(r.Header) > maxFields:
+		return refuseHead
 	}
 	if v := r.Header.Get("Expect"); v != "" && !strings.EqualFold(v, "100-continue") {
 		return refuseExpect
 	}
 	q.Header = forwardable(r.Header)
-	q.Client = q.client(r.Header["X-Forwarded-For"])
 	switch {
 	case r.ContentLength > 0 && bodyless(q.Method):
 		return refuseContent
@@ -204,6 +231,14 @@ func (q *EdgeRequest) head(r *http.Request) *refusal {
 		return refuseSize
 	}
 	return nil
+}
+
+// fields returns how many fields a header has.
+func fields(h http.Header) (n int) {
+	for _, v := range h { // a sum
+		n += len(v)
+	}
+	return n
 }
 
 func bodyless(method string) bool { return method == http.MethodGet || method == http.MethodHead }
@@ -321,6 +356,7 @@ func (q *EdgeRequest) readBody(r *http.Request) error {
 		return nil
 	}
 	e, deadline := q.edge, q.Received.Add(q.edge.cfg.BodyTimeout)
+	q.enter(phaseRead)
 	_ = q.rc.SetReadDeadline(deadline)
 	// A place is only for a body of which something is there: a client that sends
 	// nothing takes none.
@@ -332,19 +368,19 @@ func (q *EdgeRequest) readBody(r *http.Request) error {
 		return q.bodyRefusal(r, bodyError(err))
 	}
 	key := q.clientKey()
-	switch err := e.reading.acquire(r.Context(), key, deadline); {
+	place, err := e.reading.acquire(r.Context(), key, deadline, q.rc.SetReadDeadline)
+	switch {
 	case err == errNoSlot:
 		return refuseReading
 	case err != nil:
 		return errCut
 	}
-	defer e.reading.release(key)
+	defer place.release()
 	src := struct {
 		io.Reader
 		io.Closer
 	}{io.MultiReader(bytes.NewReader(first), r.Body), r.Body}
-	var err error
-	q.Body, q.Sum, err = e.receiver.receive(src, q.maxBody(), bodyPace{q.Received, e.cfg.BodyTimeout, e.cfg.BodyRate, e.cfg.BodyTotal, q.rc.SetReadDeadline})
+	q.Body, q.Sum, err = e.receiver.receive(src, q.maxBody(), bodyPace{q.Received, e.cfg.BodyTimeout, e.cfg.BodyRate, e.cfg.BodyTotal, place.progress})
 	if err != nil {
 		return q.bodyRefusal(r, err)
 	}
@@ -460,6 +496,7 @@ func (q *EdgeRequest) refuse(ref *EdgeRefusal, hangUp bool) {
 	e.mu.Lock()
 	e.stats.Refused[ref.Status]++
 	e.mu.Unlock()
+	q.enter(phaseRefuse)
 	q.close = q.close || hangUp
 	body := ref.Body
 	if body == nil {
@@ -473,13 +510,10 @@ func (q *EdgeRequest) refuse(ref *EdgeRefusal, hangUp bool) {
 	if !q.HTTP2 && q.announces {
 		// net/http throws away what is left of the body: before the answer if the
 		// connection is kept, else after it.
-		wait := e.cfg.BodyTimeout
-		if q.close {
-			wait = edgeLinger
-		}
-		_ = q.rc.SetReadDeadline(time.Now().Add(wait))
+		_ = q.rc.SetReadDeadline(time.Now().Add(edgeLinger))
+		q.conn.drain()
 	}
-	if q.answerNow(ref.Status, h, int64(len(body)), func(w *edgeWriter) error {
+	if q.answerNow(ref.Status, h, int64(len(body)), ownAnswerFor, func(w *edgeWriter) error {
 		_, err := w.Write(body)
 		return err
 	}) != nil {
@@ -489,12 +523,13 @@ func (q *EdgeRequest) refuse(ref *EdgeRefusal, hangUp bool) {
 
 // answer claims the right to answer, writes the answer, and lets the request's
 // goroutine go.
-func (q *EdgeRequest) answer(status int, header http.Header, size int64, write func(*edgeWriter) error) error {
+func (q *EdgeRequest) answer(status int, header http.Header, size int64, stall time.Duration, write func(*edgeWriter) error) error {
 	if err := q.claim(stateAnswer); err != nil {
 		return err
 	}
 	defer close(q.done) // also when write panics
-	if err := q.answerNow(status, header, size, write); err != nil {
+	q.enter(phaseWrite)
+	if err := q.answerNow(status, header, size, stall, write); err != nil {
 		return fmt.Errorf("answer: %w", err)
 	}
 	q.whole = true
@@ -502,8 +537,9 @@ func (q *EdgeRequest) answer(status int, header http.Header, size int64, write f
 }
 
 // answerNow writes an answer of size bytes, or of unknown size when size is
-// negative. write writes the body, when there is one.
-func (q *EdgeRequest) answerNow(status int, header http.Header, size int64, write func(*edgeWriter) error) error {
+// negative. write writes the body, when there is one, and the client may stall for so
+// long.
+func (q *EdgeRequest) answerNow(status int, header http.Header, size int64, stall time.Duration, write func(*edgeWriter) error) error {
 	if status < 200 || status > 999 {
 		return fmt.Errorf("status %d is not final", status)
 	}
@@ -518,10 +554,10 @@ func (q *EdgeRequest) answerNow(status int, header http.Header, size int64, writ
 	if q.close && !q.HTTP2 || q.edge.conns.crowded() {
 		h["Connection"] = []string{"close"} // which HTTP/2 takes for GOAWAY
 	}
-	w := &edgeWriter{q: q, left: size}
+	w := &edgeWriter{q: q, left: size, stall: min(stall, q.edge.cfg.StallTimeout)}
 	q.w.WriteHeader(status) // which sends nothing yet
 	if size == 0 || !bodyAllowed(q.Method, status) {
-		return w.send(nil, true)
+		return w.send(nil)
 	}
 	if err := write(w); err != nil {
 		return err
@@ -535,12 +571,11 @@ func (q *EdgeRequest) answerNow(status int, header http.Header, size int64, writ
 // Reply answers with a small body of our own. status is 200 to 999.
 // Content-Type is application/json unless header says otherwise. An error is
 // ErrSlowReader or wraps ErrClientGone; nil means that the kernel has taken the
-// whole answer, or, with HTTP/2, all but the last 4 KiB, which follow when the
-// request's goroutine ends, and for which StallTimeout holds as well.
+// whole answer, for which it has 5 s.
 func (q *EdgeRequest) Reply(status int, header http.Header, body []byte) error {
 	h := http.Header{"Content-Type": {"application/json"}}
 	maps.Copy(h, header)
-	return q.answer(status, h, int64(len(body)), func(w *edgeWriter) error {
+	return q.answer(status, h, int64(len(body)), ownAnswerFor, func(w *edgeWriter) error {
 		_, err := w.Write(body)
 		return err
 	})
@@ -559,7 +594,7 @@ func (q *EdgeRequest) Reply(status int, header http.Header, body []byte) error {
 // it means for Reply. Stream does not close body. While it waits for body it does
 // not notice that the client went away.
 func (q *EdgeRequest) Stream(status int, header http.Header, size int64, body io.Reader) error {
-	return q.answer(status, header, size, func(w *edgeWriter) error {
+	return q.answer(status, header, size, q.edge.cfg.StallTimeout, func(w *edgeWriter) error {
 		if r, ok := body.(*Reader); ok {
 			if b, whole := r.whole(); whole && int64(len(b)) == size {
 				_, err := w.Write(b) // with the header, in one piece
@@ -597,8 +632,9 @@ func (q *EdgeRequest) Release() {
 // An edgeWriter writes a body and gives up when the client takes nothing for too
 // long.
 type edgeWriter struct {
-	q    *EdgeRequest
-	left int64 // bytes still promised; negative: no number was
+	q     *EdgeRequest
+	left  int64         // bytes still promised; negative: no number was
+	stall time.Duration // how long one step may take
 }
 
 // Write writes p and has it sent, in pieces that the stall time-out is for. More
@@ -613,25 +649,22 @@ func (w *edgeWriter) Write(p []byte) (int, error) {
 	for rest := p; len(rest) > 0; {
 		piece := rest[:min(len(rest), copyBufSize)]
 		rest = rest[len(piece):]
-		if err := w.send(piece, w.left == 0 && len(rest) == 0); err != nil {
+		if err := w.send(piece); err != nil {
 			return 0, err
 		}
 	}
 	return len(p), nil
 }
 
-// send writes a piece and has it sent. HTTP/2 sends the last one, if that is
-// known, with the end of the request, in one frame: half the cost of a small
-// answer.
-func (w *edgeWriter) send(piece []byte, last bool) error {
+// send writes a piece and has it sent. HTTP/2 could send the last one together with the
+// end, in one frame less, but only once the request's goroutine has ended, and then
+// nobody would know how many of them wait for clients that do not read.
+func (w *edgeWriter) send(piece []byte) error {
 	return w.step(func() error {
 		if len(piece) > 0 {
 			if _, err := w.q.w.Write(piece); err != nil {
 				return err
 			}
-		}
-		if last && w.q.HTTP2 {
-			return nil
 		}
 		return w.q.rc.Flush()
 	})
@@ -639,7 +672,7 @@ func (w *edgeWriter) send(piece []byte, last bool) error {
 
 // step does one thing that writes to the client, in StallTimeout.
 func (w *edgeWriter) step(do func() error) error {
-	deadline := time.Now().Add(w.q.edge.cfg.StallTimeout)
+	deadline := time.Now().Add(w.stall)
 	_ = w.q.rc.SetWriteDeadline(deadline) // a broken connection fails below
 	err := do()
 	switch {

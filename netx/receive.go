@@ -26,11 +26,11 @@ type receiver struct {
 // large body through, and who sends next to nothing keeps its place for no longer than who
 // sends nothing.
 type bodyPace struct {
-	begun       time.Time
-	grace       time.Duration
-	rate        int64 // bytes a second; 0: no more time for what has come
-	total       time.Duration
-	setDeadline func(time.Time) error // of what is read from; nil: it has one that stays
+	begun    time.Time
+	grace    time.Duration
+	rate     int64 // bytes a second; 0: no more time for what has come
+	total    time.Duration
+	progress func(n int64, deadline time.Time) error // is told what has come, and until when more must if that is later now; may be nil
 }
 
 // deadline returns until when the next bytes must come after n have.
@@ -68,9 +68,12 @@ func (rc *receiver) copy(body *Body, sum hash.Hash, src io.Reader, pace bodyPace
 		if n > 0 {
 			sum.Write(buf[:n])
 			all += int64(n)
-			if next := pace.deadline(all); next.After(deadline) && pace.setDeadline != nil {
-				deadline = next
-				_ = pace.setDeadline(deadline) // one that is refused is found out by the next read
+			if pace.progress != nil {
+				var later time.Time
+				if next := pace.deadline(all); next.After(deadline) {
+					deadline, later = next, next
+				}
+				_ = pace.progress(all, later) // a deadline that is refused is found out by the next read
 			}
 			waited, err := rc.store(body, buf[:n], deadline)
 			if err != nil {

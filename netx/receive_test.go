@@ -127,7 +127,12 @@ func TestSlowLineGetsALargeBodyThrough(t *testing.T) {
 		rc := receiver{newTestSpool(t, SpoolConfig{Memory: 1 << 20, Disk: 20 << 20}), slog.New(slog.DiscardHandler), &rate.Sometimes{First: 1}}
 		line := &slowLine{left: 5 << 20, each: 12500, pause: 100 * time.Millisecond}
 		start := time.Now()
-		body, _, err := rc.receive(line, 50<<20, bodyPace{start, 30 * time.Second, defaultBodyRate, defaultBodyTotal, func(d time.Time) error { line.deadline = d; return nil }})
+		body, _, err := rc.receive(line, 50<<20, bodyPace{start, 30 * time.Second, defaultBodyRate, defaultBodyTotal, func(_ int64, later time.Time) error {
+			if !later.IsZero() {
+				line.deadline = later
+			}
+			return nil
+		}})
 		if err != nil || body.Size() != 5<<20 {
 			t.Fatalf("%v, %v", body, err)
 		}
@@ -138,7 +143,12 @@ func TestSlowLineGetsALargeBodyThrough(t *testing.T) {
 
 		line = &slowLine{left: 5 << 20, each: 1, pause: 300 * time.Millisecond, deadline: time.Now().Add(30 * time.Second)}
 		start = time.Now()
-		if _, _, err := rc.receive(line, 50<<20, bodyPace{start, 30 * time.Second, defaultBodyRate, defaultBodyTotal, func(d time.Time) error { line.deadline = d; return nil }}); err != error(refuseTime) {
+		if _, _, err := rc.receive(line, 50<<20, bodyPace{start, 30 * time.Second, defaultBodyRate, defaultBodyTotal, func(_ int64, later time.Time) error {
+			if !later.IsZero() {
+				line.deadline = later
+			}
+			return nil
+		}}); err != error(refuseTime) {
 			t.Errorf("three bytes a second: %v", err)
 		}
 		if took := time.Since(start); took > 31*time.Second {

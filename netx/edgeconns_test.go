@@ -2,7 +2,6 @@ package netx
 
 import (
 	"bufio"
-	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -146,7 +144,7 @@ func TestEdgeSlowClients(t *testing.T) {
 				time.Sleep(5 * time.Second) // what net/http gives connections to end
 				synctest.Wait()
 				s := et.Stats()
-				if s.Open != 1 || s.Held != 0 || s.Reading != 0 || test.status != 0 && s.Refused[test.status] != 1 {
+				if s.Open != 0 || s.Held != 0 || s.Reading != 0 || test.status != 0 && s.Refused[test.status] != 1 {
 					t.Errorf("%+v", s)
 				}
 				et.close()
@@ -276,181 +274,6 @@ func TestEdgeReadingBeginsWithTheFirstByte(t *testing.T) {
 	}
 }
 
-func TestMayTake(t *testing.T) {
-	a := netip.MustParseAddr("203.0.113.1")
-	for _, test := range []struct {
-		key              netip.Addr
-		own, used, limit int
-		want             bool
-	}{
-		{a, 0, 0, 1, true}, {a, 0, 1, 1, false}, {a, 1, 1, 2, false},
-		{a, 0, 15, 16, true}, {a, 0, 16, 16, false}, // the first for as long as there are any
-		{a, 1, 12, 16, true}, {a, 1, 13, 16, false}, // the last three are not for who has one
-		{a, 63, 63, 256, true}, {a, 64, 64, 256, false}, // alone a quarter
-		{netip.Addr{}, 100, 223, 256, true}, {netip.Addr{}, 100, 224, 256, false}, {netip.Addr{}, 0, 224, 256, false},
-		{netip.Addr{}, 0, 0, 1, true}, {netip.Addr{}, 1, 1, 1, false},
-	} {
-		if got := mayTake(test.key, test.own, test.used, test.limit); got != test.want {
-			t.Errorf("%+v: %v", test, got)
-		}
-	}
-	// However many are greedy, somebody new finds a place, and at the end each of
-	// them has about as many as the others.
-	for clients := 1; clients <= 20; clients++ {
-		const limit = 256
-		own, used := make([]int, clients), 0
-		for range limit {
-			for i := range own {
-				if mayTake(a, own[i], used, limit) {
-					own[i]++
-					used++
-				}
-			}
-		}
-		if want := clients * limit / (clients + 3); used < want || used > want+clients || !mayTake(a, 0, used, limit) {
-			t.Errorf("%d clients hold %d, want %d", clients, used, want)
-		}
-		if most, fewest := slices.Max(own), slices.Min(own); most > fewest+1 {
-			t.Errorf("of %d clients one holds %d and another one %d", clients, most, fewest)
-		}
-	}
-}
-
-// slotTest is a fairSlots in a bubble of its own.
-type slotTest struct {
-	t testing.TB
-	*fairSlots
-	until time.Time
-}
-
-func (s slotTest) acquire(ctx context.Context, key netip.Addr) <-chan error {
-	done := make(chan error, 1)
-	go func() { done <- s.fairSlots.acquire(ctx, key, s.until) }()
-	synctest.Wait()
-	return done
-}
-
-// release gives one back, and lets those go on who get it.
-func (s slotTest) release(key netip.Addr) {
-	s.fairSlots.release(key)
-	synctest.Wait()
-}
-
-func (s slotTest) got(c <-chan error) bool {
-	s.t.Helper()
-	select {
-	case err := <-c:
-		if err != nil {
-			s.t.Error(err)
-		}
-		return true
-	default:
-		return false
-	}
-}
-
-func TestFairSlots(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a, b, c, d := netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("203.0.113.2"), netip.MustParseAddr("203.0.113.3"), netip.MustParseAddr("203.0.113.4")
-		nobody := netip.Addr{}
-		s := slotTest{t, newFairSlots(8), time.Now().Add(time.Minute)}
-		ctx, cancel := context.WithCancel(t.Context())
-		if !s.got(s.acquire(ctx, a)) || !s.got(s.acquire(ctx, a)) {
-			t.Fatal("a has no share")
-		}
-		third, fourth := s.acquire(ctx, a), s.acquire(ctx, a)
-		if s.got(third) || s.got(fourth) || !s.got(s.acquire(ctx, b)) {
-			t.Fatal("a has more than its share, or b has to wait for it")
-		}
-		for range 4 {
-			if !s.got(s.acquire(ctx, nobody)) {
-				t.Fatal("the nameless have a share")
-			}
-		}
-		nameless, late := s.acquire(t.Context(), nobody), s.acquire(t.Context(), b)
-		if s.got(nameless) || s.got(late) || !s.got(s.acquire(ctx, c)) {
-			t.Fatal("the last one is not for who has none")
-		}
-		newcomer := s.acquire(t.Context(), d)
-		if s.got(newcomer) {
-			t.Fatal("more slots than there are")
-		}
-		cancel()
-		synctest.Wait()
-		for _, gone := range []<-chan error{third, fourth} {
-			if err := <-gone; !errors.Is(err, context.Canceled) {
-				t.Error(err)
-			}
-		}
-		s.release(nobody)
-		if s.got(nameless) || s.got(late) || !s.got(newcomer) {
-			t.Fatal("the newcomer does not get what is free")
-		}
-		s.release(c)
-		if s.got(nameless) || s.got(late) {
-			t.Fatal("the last one is taken")
-		}
-		s.release(nobody)
-		if !s.got(nameless) || s.got(late) {
-			t.Fatal("the nameless leave more than an eighth")
-		}
-		for i, key := range []netip.Addr{a, a, d} { // four free are more than three times one
-			s.release(key)
-			if s.got(late) != (i == 2) {
-				t.Fatalf("b has another one with %d free, or not with 4", s.max-s.used)
-			}
-		}
-		full := []netip.Addr{b, b, nobody, nobody, nobody}
-		for s.used < s.max {
-			key := netip.AddrFrom4([4]byte{198, 51, 100, byte(s.used)})
-			if !s.got(s.acquire(t.Context(), key)) {
-				t.Fatal("a free slot is not given")
-			}
-			full = append(full, key)
-		}
-		last := s.acquire(t.Context(), c)
-		start := time.Now()
-		if err := <-last; err != errNoSlot || time.Since(start) != time.Minute {
-			t.Errorf("%v after %v", err, time.Since(start))
-		}
-		if s.used != 8 || s.most != 8 || s.waiting.Len() != 0 {
-			t.Errorf("%d %d %d", s.used, s.most, s.waiting.Len())
-		}
-		for _, key := range full {
-			s.release(key)
-		}
-		if s.used != 0 || len(s.by) != 0 {
-			t.Errorf("%d %v", s.used, s.by)
-		}
-	})
-}
-
-// What becomes free is for the one who holds fewest, not for the one who has waited
-// for longest; among equals it is.
-func TestFairSlotsFewestFirst(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		nobody, a, b := netip.Addr{}, netip.MustParseAddr("203.0.113.1"), netip.MustParseAddr("203.0.113.2")
-		s := slotTest{t, newFairSlots(4), time.Now().Add(time.Minute)}
-		for range 4 {
-			if !s.got(s.acquire(t.Context(), nobody)) {
-				t.Fatal("they are free")
-			}
-		}
-		waiting := []<-chan error{s.acquire(t.Context(), nobody), s.acquire(t.Context(), nobody), s.acquire(t.Context(), a), s.acquire(t.Context(), b)}
-		for _, next := range []int{2, 3, 0, 1} {
-			s.release(nobody)
-			for i, w := range waiting {
-				if s.got(w) != (i == next) {
-					t.Fatalf("%d instead of %d", i, next)
-				}
-			}
-		}
-		for _, key := range []netip.Addr{a, b, nobody, nobody} {
-			s.release(key)
-		}
-	})
-}
-
 // get does one request on a connection that stays open.
 func getOn(t testing.TB, c net.Conn) {
 	t.Helper()
@@ -479,29 +302,23 @@ func (et *edgeTest) evictAtOnce() {
 // idle for a short time only, connections end with their next answer.
 func TestEdgeEvictsNoneThatHasJustBecomeIdle(t *testing.T) {
 	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
-		c.MaxConns = 3
+		c.MaxConns = 2
 		c.Handle = reply
 	})
 	et.conns.mu.Lock()
 	et.conns.evictAfter = time.Hour
 	et.conns.mu.Unlock()
-	a, b := et.dial(), et.dial()
+	a, b := et.dial("127.0.0.2"), et.dial("127.0.0.3")
 	getOn(t, a)
 	getOn(t, b)
-	last := et.dial()
-	write(t, last, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
-	res, _ := readReply(t, bufio.NewReader(last), "GET") // the third, and nobody has a place
-	if et.Stats().Evicted != 0 {
-		t.Errorf("%+v", et.Stats())
+	last := et.dial("127.0.0.4")
+	eventually(t, "it waits", et.conns.crowded)
+	write(t, a, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+	if res, _ := readReply(t, bufio.NewReader(a), "GET"); !res.Close {
+		t.Error("the connection stays")
 	}
-	if !res.Close {
-		write(t, a, "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
-		if res, _ = readReply(t, bufio.NewReader(a), "GET"); !res.Close {
-			t.Error("the connection stays")
-		}
-	}
-	getOn(t, et.dial()) // which has its place
-	if s := et.Stats(); s.Evicted != 0 || s.MaxOpen != 3 {
+	getOn(t, last) // which has its place
+	if s := et.Stats(); s.Evicted != 0 || s.MaxOpen != 2 {
 		t.Errorf("%+v", s)
 	}
 }
@@ -510,7 +327,7 @@ func TestEdgeEvictsNoneThatHasJustBecomeIdle(t *testing.T) {
 func TestEdgeEvictsIdle(t *testing.T) {
 	for _, https := range []bool{false, true} {
 		t.Run(fmt.Sprint("tls ", https), func(t *testing.T) {
-			const places = 5 // one of which is the listener's
+			const places = 5
 			et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
 				if https {
 					c.TLS = testCertificates(t)
@@ -529,16 +346,16 @@ func TestEdgeEvictsIdle(t *testing.T) {
 			for i := range 20 {
 				conns = append(conns, dial())
 				getOn(t, conns[i])
-				eventually(t, "it is idle", func() bool { return et.Stats().Idle == min(i+1, places-1) })
+				eventually(t, "it is idle", func() bool { return et.Stats().Idle == min(i+1, places) })
 			}
 			for i, c := range conns {
-				if i < len(conns)-places+1 {
+				if i < len(conns)-places {
 					closedByEdge(t, c)
 				} else {
 					getOn(t, c)
 				}
 			}
-			if s := et.Stats(); s.MaxOpen != places || s.Evicted != 16 || s.Open != places {
+			if s := et.Stats(); s.MaxOpen != places || s.Evicted != 15 || s.Open != places {
 				t.Errorf("%+v", s)
 			}
 		})
@@ -550,7 +367,7 @@ func TestEdgeEvictsIdle(t *testing.T) {
 func TestEdgeEvictsIdleHTTP2(t *testing.T) {
 	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) {
 		c.TLS = testCertificates(t)
-		c.MaxConns = 2
+		c.MaxConns = 1
 		c.Handle = reply
 	})
 	et.evictAtOnce()
@@ -578,11 +395,12 @@ func TestEdgeEvictsIdleHTTP2(t *testing.T) {
 func TestEdgeBacklog(t *testing.T) {
 	et := newEdgeTest(t, "tcp", func(c *EdgeConfig) { c.MaxConns = 3 })
 	var busy []*EdgeRequest
-	for range 3 {
-		write(t, et.dial(), "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
+	for i := range 3 {
+		write(t, et.dial(fmt.Sprintf("127.0.0.%d", i+2)), "GET /x HTTP/1.1\r\nHost: h\r\n\r\n")
 		busy = append(busy, et.next())
 	}
-	waiting := et.dial() // the kernel takes it
+	waiting := et.dial()
+	eventually(t, "it waits", et.conns.crowded)
 	write(t, waiting, "GET /waits HTTP/1.1\r\nHost: h\r\n\r\n")
 	if s := et.Stats(); s.Open != 3 || s.MaxOpen != 3 {
 		t.Errorf("%+v", s)
@@ -644,19 +462,8 @@ func TestEdgeConnsPerAddr(t *testing.T) {
 	eventually(t, "all are closed", func() bool { return et.Stats().Open == 0 })
 	et.conns.mu.Lock()
 	defer et.conns.mu.Unlock()
-	if len(et.conns.by) != 0 || et.conns.fresh.Len() != 0 {
-		t.Errorf("left over: %v, %d fresh", et.conns.by, et.conns.fresh.Len())
-	}
-}
-
-func TestClientKey(t *testing.T) {
-	for _, test := range [][2]string{
-		{"203.0.113.5", "203.0.113.5"}, {"::ffff:203.0.113.5", "203.0.113.5"},
-		{"2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"}, {"2001:db8:1:2::9", "2001:db8:1:2::"},
-	} {
-		if got := clientKey(netip.MustParseAddr(test[0])); got.String() != test[1] {
-			t.Errorf("%s: %v", test[0], got)
-		}
+	if len(et.conns.by.clients) != 0 || len(et.conns.all) != 0 {
+		t.Errorf("left over: %v, %d", et.conns.by.clients, len(et.conns.all))
 	}
 }
 
@@ -696,6 +503,9 @@ func TestEdgeOneAddressLeavesConnections(t *testing.T) {
 				c.Handle = reply
 			})
 			et.evictAtOnce()
+			et.conns.mu.Lock()
+			et.conns.headAfter = time.Hour
+			et.conns.mu.Unlock()
 			dial := func(from string) net.Conn {
 				c := et.dial(from)
 				write(t, c, "\x16") // the beginning of a handshake, or of a method
@@ -705,27 +515,24 @@ func TestEdgeOneAddressLeavesConnections(t *testing.T) {
 			for range silent {
 				conns = append(conns, dial("127.0.0.2"))
 			}
-			const kept = places - 1 // the listener has one
-			eventually(t, "the first are closed", func() bool { return et.Stats().Crowding == silent-kept })
-			for _, c := range conns[:silent-kept] {
+			eventually(t, "the first are closed", func() bool { return et.Stats().Crowding == silent-places })
+			for _, c := range conns[:silent-places] {
 				closedByEdge(t, c)
 			}
-			conns = conns[silent-kept:]
+			conns = conns[silent-places:]
 
 			// Others are let in, while it has more than a quarter.
-			for i := range kept - places/4 {
+			for i := range places - places/4 {
 				dial(fmt.Sprintf("127.0.0.%d", i+3))
-				eventually(t, "it has a place", func() bool { return et.Stats().Crowding == uint64(silent-kept+i+1) })
+				eventually(t, "it has a place", func() bool { return et.Stats().Crowding == uint64(silent-places+i+1) })
 				closedByEdge(t, conns[i])
 			}
-			dial("127.0.0.20")
+			last := et.dial("127.0.0.20") // waits for one of them to end
 			eventually(t, "all places are in use", et.conns.crowded)
 			if s := et.Stats(); s.Open != places || s.MaxOpen != places || s.Crowding != silent-places/4 {
 				t.Errorf("%+v", s)
 			}
-			// Now others wait for one of them to end.
-			last := et.dial("127.0.0.21")
-			conns[kept-1].Close()
+			conns[places-1].Close()
 			if https {
 				c := tls.Client(last, clientTLS())
 				getOn(t, c)
@@ -750,11 +557,11 @@ func (c *peerConn) Close() error         { c.closed = true; return nil }
 // first.
 func connsOf(t *testing.T, trusted string, peers ...string) (s *edgeConns, l *edgeListener, conns []*peerConn) {
 	t.Helper()
-	s = newEdgeConns(len(peers), 0, func(a netip.Addr) bool { return a.String() == trusted })
-	l = &edgeListener{conns: s}
+	s = newEdgeConns(len(peers), 0, 1000, func(a netip.Addr) bool { return a.String() == trusted })
+	l = &edgeListener{edge: &Edge{conns: s}}
 	for _, p := range peers {
 		c := &peerConn{peer: netip.AddrPortFrom(netip.MustParseAddr(p), 1)}
-		if !s.enter(l) || s.admit(c) == nil {
+		if s.admit(l, c) == nil {
 			t.Fatal("no place for a connection")
 		}
 		conns = append(conns, c)
@@ -773,6 +580,7 @@ func TestEdgeConnsWhoMakesRoom(t *testing.T) {
 		{"the one with most", "b b b c c c c e", 3},
 		{"an IPv6 /64 is one", "d 6:1::1 6:1::2 6:1::3 b b c e", 1},
 		{"another /64 is another", "6:1::1 6:2::1 6:3::1 6:4::1 b b c c", -1},
+		{"but half of a /48 counts", "b 6:1::1 6:2::1 6:3::1 6:4::1 6:5::1 c d", 1},
 		{"a trusted proxy is nobody", "p p p p p b b c", -1},
 		{"nor does it keep others", "p p b p c b p b", 2},
 	} {
@@ -788,8 +596,9 @@ func TestEdgeConnsWhoMakesRoom(t *testing.T) {
 			}
 			s, l, conns := connsOf(t, fmt.Sprintf("203.0.113.%d", 'p'), peers...)
 			s.evictAfter = 0
+			next := netip.MustParseAddr("198.51.100.1")
 			s.mu.Lock()
-			c := s.nextLocked()
+			c, _ := s.victimLocked(next, false, time.Now())
 			s.mu.Unlock()
 			if (c != nil) != (test.want >= 0) {
 				t.Fatalf("%v is to be closed", c)
@@ -797,7 +606,7 @@ func TestEdgeConnsWhoMakesRoom(t *testing.T) {
 			if c == nil {
 				return
 			}
-			if !s.enter(l) {
+			if s.admit(l, &peerConn{peer: netip.AddrPortFrom(next, 1)}) == nil {
 				t.Fatal("no place")
 			}
 			for i, c := range conns {
@@ -814,7 +623,7 @@ func TestEdgeConnsFreshHasItsTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, l, conns := connsOf(t, "", "203.0.113.1", "203.0.113.1", "203.0.113.1", "203.0.113.2")
 		start := time.Now()
-		if !s.enter(l) || time.Since(start) != evictAfter || !conns[0].closed || conns[1].closed || s.crowding != 1 {
+		if s.admit(l, &peerConn{peer: netip.MustParseAddrPort("203.0.113.3:1")}) == nil || time.Since(start) != evictAfter || !conns[0].closed || conns[1].closed || s.crowding != 1 {
 			t.Errorf("after %v: %v", time.Since(start), conns)
 		}
 	})

@@ -1,0 +1,43 @@
+package netx
+
+import "errors"
+
+// maxFields bounds the lines of a request's head: its request line and its fields.
+// Synapse sends six fields, and a browser behind two proxies 40. net/http keeps some 200
+// bytes for a field beside what it says, so that 20 KiB of empty ones would take 800 KiB.
+const maxFields = 128
+
+var errManyFields = errors.New("the request's head has too many fields")
+
+// A headGuard counts the lines of HTTP/1's heads as they are read. The zero value is
+// ready for the first one.
+type headGuard struct {
+	lines int
+	empty bool // nothing but CR has come since the last line feed, or since the beginning
+	done  bool // the head has ended
+}
+
+// next expects another head.
+func (g *headGuard) next() { *g = headGuard{} }
+
+// see looks at what was read. It returns errManyFields if the head has too many.
+func (g *headGuard) see(p []byte) error {
+	if g.done {
+		return nil
+	}
+	for _, b := range p {
+		switch {
+		case b == '\n' && g.empty && g.lines > 0:
+			g.done = true
+			return nil
+		case b == '\n':
+			if g.lines++; g.lines > maxFields {
+				return errManyFields
+			}
+			g.empty = true
+		case b != '\r':
+			g.empty = false
+		}
+	}
+	return nil
+}
