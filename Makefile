@@ -7,7 +7,7 @@ BUILD   := CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)'
 RACE    := $(if $(shell command -v gcc || command -v cc),-race,)
 FUZZTIME ?= 30s
 
-.PHONY: build run demo test vet unit race fuzz bench cross qemu crash sim clean
+.PHONY: build run demo test vet unit race fuzz bench hostile cross qemu crash sim clean
 
 build: ## ./fsbus for this machine
 	$(BUILD) -o fsbus .
@@ -41,6 +41,9 @@ fuzz: ## each fuzz target for FUZZTIME
 bench: ## benchmarks of the packages, then fsbus against a naive proxy and direct calls
 	go test -run '^$$' -bench . -benchmem ./...
 	CGO_ENABLED=0 go run ./scripts/bench
+
+hostile: ## attacks of all kinds on the built program: fails if others notice, or a budget is passed
+	CGO_ENABLED=0 go run ./scripts/bench -run '^hostile$$'
 
 # Binaries for the boards, stripped and reproducible: dist/fsbus-linux-ARCH.
 cross:

@@ -55,27 +55,33 @@ var (
 	refuseDisk    = &refusal{http.StatusInternalServerError, matrix.MUnknown, "The request body could not be stored"}
 )
 
-// serve reads the one request of a connection, checks it and parks it. It
+// serve waits for the one request of a connection, reads it, checks it and parks it. It
 // closes what it does not park.
-func (f *Front) serve(conn net.Conn) {
-	parked := false
+func (f *Front) serve(c *coming) {
+	conn, parked := c.conn, false
 	defer func() {
 		if r := recover(); r != nil {
 			f.cfg.Logger.Error("a request could not be handed over", "panic", r, "stack", string(debug.Stack()))
 			if !parked { // else park has closed it
-				f.drop(conn)
+				f.drop(c)
 			}
 		}
 	}()
-	br := requestReaders.Get().(*requestReader)
-	defer br.release()
-	br.reset(conn, int64(f.cfg.MaxHeaderBytes))
-
 	// A deadline can only be refused by a connection that is broken, which the
 	// next read finds out.
 	_ = conn.SetReadDeadline(time.Now().Add(f.cfg.HeaderTimeout))
+	var first [1]byte
+	if _, err := io.ReadFull(conn, first[:]); err != nil {
+		f.refuse(&Inbound{coming: c, conn: conn}, nil, errCut)
+		return
+	}
+	f.gate.read(c, headIsThere(conn))
+	br := requestReaders.Get().(*requestReader)
+	defer br.release()
+	br.reset(conn, int64(f.cfg.MaxHeaderBytes), first[0])
+	_ = conn.SetReadDeadline(time.Now().Add(f.cfg.HeaderTimeout))
 	r, err := http.ReadRequest(br.buf)
-	in := &Inbound{front: f, conn: conn, pos: -1, Received: time.Now()}
+	in := &Inbound{front: f, conn: conn, over: c.over, coming: c, pos: -1, Received: time.Now()}
 	if err != nil {
 		f.refuse(in, br.buf, br.headError(err))
 		return
@@ -84,6 +90,7 @@ func (f *Front) serve(conn net.Conn) {
 	_ = conn.SetReadDeadline(in.Received.Add(f.cfg.BodyTimeout))
 	in.Method = r.Method
 	if err = f.check(in, r); err == nil {
+		f.gate.enterStage(c, stageBody)
 		err = f.readBody(in, r)
 	}
 	if err != nil {
@@ -104,8 +111,9 @@ func (f *Front) serve(conn net.Conn) {
 // requestReader reads a request's head, up to a limit, and then its body.
 type requestReader struct {
 	conn  net.Conn
-	limit int64 // bytes that may still be read
-	any   bool  // something was
+	first []byte // what was read before, and is read again
+	limit int64  // bytes that may still be read
+	guard headGuard
 	buf   *bufio.Reader
 }
 
@@ -115,8 +123,8 @@ var requestReaders = sync.Pool{New: func() any {
 	return r
 }}
 
-func (r *requestReader) reset(conn net.Conn, limit int64) {
-	r.conn, r.limit, r.any = conn, limit, false
+func (r *requestReader) reset(conn net.Conn, limit int64, first ...byte) {
+	r.conn, r.first, r.limit, r.guard = conn, first, limit, headGuard{}
 	r.buf.Reset(r)
 }
 
@@ -131,19 +139,25 @@ func (r *requestReader) Read(p []byte) (int, error) {
 	if r.limit <= 0 {
 		return 0, errHeadTooLarge
 	}
-	n, err := r.conn.Read(p[:min(int64(len(p)), r.limit)])
+	p = p[:min(int64(len(p)), r.limit)]
+	n, err := copy(p, r.first), error(nil)
+	if r.first = r.first[n:]; n == 0 {
+		n, err = r.conn.Read(p)
+	}
 	r.limit -= int64(n)
-	r.any = r.any || n > 0
+	if many := r.guard.see(p[:n]); many != nil {
+		return 0, many
+	}
 	return n, err
 }
 
-// headError sorts the errors of http.ReadRequest. A client that connects and
-// says nothing, or goes away, is not answered.
+// headError sorts the errors of http.ReadRequest. A client that goes away is not
+// answered.
 func (r *requestReader) headError(err error) error {
 	switch _, network := errors.AsType[*net.OpError](err); {
-	case errors.Is(err, errHeadTooLarge):
+	case errors.Is(err, errHeadTooLarge), errors.Is(err, errManyFields):
 		return refuseHead
-	case !r.any, network, errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+	case network, errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return errCut
 	}
 	return refuseHTTP
@@ -245,7 +259,7 @@ func (f *Front) readBody(in *Inbound, r *http.Request) error {
 // refuse answers a request that is not taken, if anybody is there to listen,
 // and closes its connection. rest is what the client may still be sending.
 func (f *Front) refuse(in *Inbound, rest io.Reader, err error) {
-	defer f.drop(in.conn)
+	defer f.drop(in.coming)
 	ref, ok := err.(*refusal)
 	f.mu.Lock()
 	if ok {
@@ -257,6 +271,7 @@ func (f *Front) refuse(in *Inbound, rest io.Reader, err error) {
 	if !ok {
 		return
 	}
+	f.gate.enterStage(in.coming, stageRefused)
 	h := http.Header{"Content-Type": {"application/json"}}
 	own := "" // what a relayed answer may not have
 	switch ref {
@@ -282,7 +297,7 @@ func (f *Front) refuse(in *Inbound, rest io.Reader, err error) {
 }
 
 // drop closes a connection whose request is not parked.
-func (f *Front) drop(conn net.Conn) {
-	_ = conn.Close()
-	f.gate.leave(1, 1)
+func (f *Front) drop(c *coming) {
+	_ = c.conn.Close()
+	f.gate.dropped(c)
 }

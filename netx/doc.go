@@ -10,7 +10,8 @@
 //
 //   - The Front takes a place for a connection before it accepts it. What is
 //     over the limit stays in the kernel's backlog, where it costs nothing here
-//     and Synapse simply waits.
+//     and Synapse simply waits. Who says nothing takes no place in which a request is
+//     read, and who writes its head slowly gives it to who waits (gate).
 //   - The request's body goes into a [Spool], which has a budget in memory and
 //     one on disk. Then the connection is parked, which leaves an [Inbound] of
 //     about 2 KiB and no goroutine.
@@ -40,7 +41,11 @@
 // An [Edge] accepts what other servers send to the homeserver, with TLS
 // ([Certificates]) or behind a proxy. Anybody may connect, so each connection,
 // header, body and stream has a bound in number, size and time, and what is
-// refused is refused before the body is read where that can be. A request keeps
+// refused is refused before the body is read where that can be. Everything that there is
+// a bounded number of can be taken back: each connection is in one class at any time,
+// which says who may take its place (edgeConns); of the bodies that are read the slowest
+// gives way (fairSlots); requests have shares by client (FairPlaces). A client is an IPv4
+// address or an IPv6 /64, and half of what a /48 has counts as each client's in it. A request keeps
 // net/http's goroutine until it is answered. An [Upstream] carries it to the
 // homeserver's own federation listener, byte for byte.
 //
@@ -55,9 +60,9 @@
 //
 // # Goroutines
 //
-// The inbound half starts as many as there are requests being read at a time,
-// MaxReading at most, and the watcher, while anything is parked. Serve runs in
-// the caller's. The outbound half starts those that race for a server with
+// The inbound half starts one for each connection of the homeserver until its request is
+// read, MaxComing at most, the watcher, while anything is parked, and one for each of the
+// edge's listeners and handshakes. Serve runs in the caller's. The outbound half starts those that race for a server with
 // several addresses, two for each dial, which end with it; net/http has two for
 // an HTTP/1.1 connection, one for an HTTP/2 connection and one for each request
 // on it.

@@ -204,10 +204,9 @@ type Edge struct {
 	receiver receiver
 
 	mu      sync.Mutex
-	stats   EdgeStats // without what conns and reading count
-	held    shares    // requests of each client; of nobody knows whom under zero
-	refused shares    // those beyond MaxRequests that are being answered
-	refuses int       // how many those are
+	stats   EdgeStats   // without what conns, reading and held count
+	held    *FairPlaces // requests; of nobody knows whom under zero
+	refused *FairPlaces // those beyond MaxRequests that are being answered
 }
 
 // EdgeStats is a snapshot of what an Edge holds and has done.
@@ -228,6 +227,7 @@ type EdgeStats struct {
 	Crowding  uint64         // connections on which no request was read or answered, closed for new ones
 	Slow      uint64         // bodies and answers broken off for others, as they were the slowest
 	OverAddr  uint64         // connections closed because their client had MaxConnsPerAddr, or a quarter of all when all were in use
+	Wasteful  uint64         // connections closed at once, since their client had wasted so many
 	Dropped   uint64         // requests beyond MaxRequests that got no answer
 	Protocol  uint64         // HTTP/2 connections and streams that net/http ended for what the client did
 	Handshake uint64         // TLS handshakes that failed
@@ -263,8 +263,8 @@ func NewEdge(c EdgeConfig) *Edge {
 		errorLog: rate.Sometimes{First: 1, Interval: errorLogInterval},
 		connLog:  rate.Sometimes{First: 1, Interval: errorLogInterval},
 		stats:    EdgeStats{Refused: map[int]uint64{}},
-		held:     newShares(),
-		refused:  newShares(),
+		held:     NewFairPlaces(c.MaxRequests),
+		refused:  NewFairPlaces(MaxRefusals(c.MaxRequests)),
 	}
 	e.conns = newEdgeConns(c.MaxConns, c.MaxConnsPerAddr, c.BodyRate, e.trusted)
 	e.receiver = receiver{c.Spool, c.Logger, &e.errorLog}
@@ -342,11 +342,12 @@ func (e *Edge) Close() error { return e.server.Close() }
 func (e *Edge) Stats() EdgeStats {
 	e.mu.Lock()
 	s := e.stats
+	s.Held = e.held.Used()
 	s.Refused = maps.Clone(s.Refused)
 	e.mu.Unlock()
 	c := e.conns
 	c.mu.Lock()
-	s.Open, s.MaxOpen, s.Evicted, s.Crowding, s.Slow, s.OverAddr = len(c.all), c.most, c.evicted, c.crowding, c.slow, c.overClient
+	s.Open, s.MaxOpen, s.Evicted, s.Crowding, s.Slow, s.OverAddr, s.Wasteful = len(c.all), c.most, c.evicted, c.crowding, c.slow, c.overClient, c.wasteful
 	for c := range c.all { // a sum
 		if c.class == classIdle {
 			s.Idle++

@@ -601,7 +601,7 @@ func TestEdgeRequestsOfOneClient(t *testing.T) {
 		reply(q)
 	}
 	eventually(t, "nothing is held", func() bool { return et.Stats().Held == 0 })
-	if n := len(et.held.clients); n != 0 {
+	if n := len(et.held.by.clients); n != 0 {
 		t.Errorf("%d clients are remembered", n)
 	}
 }

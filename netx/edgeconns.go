@@ -3,12 +3,15 @@ package netx
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // edgeConns bounds an Edge's connections. Each of them is at all times in exactly one
@@ -25,12 +28,17 @@ import (
 // has fewer than itself, but it may take its own. What is refused gives way at once, and
 // so does, after slowAfter, what moves more slowly than leastRate, whoever has it. Beyond
 // that a head may take headAfter and an idle connection evictAfter, in which the next
-// request may be on its way. What moves fast, or waits for its answer, gives way only if
-// its client has more than a quarter of all.
+// request may be on its way. What moves fast gives way only to a client that would have a
+// quarter as many, and what waits for its answer only if its client has more than a quarter
+// of all. Of a client's own only what is idle, refused or slow gives way.
 //
 // A new connection for which nothing gives way waits, and those behind it in the
 // kernel's backlog; while one does, connections are closed after their next answer. One
-// of a client that has a quarter of all is closed instead.
+// of a client that has several is closed instead.
+//
+// Connections that end before a request on them was taken are counted against their
+// client: one that has wasted wasteBurst of them has wastePerSecond, and the others are
+// closed before they cost a handshake.
 //
 // A client is an IPv4 address or an IPv6 /64. Half of what an IPv6 /48 has counts as
 // each client's in it, if that is more.
@@ -42,13 +50,14 @@ type edgeConns struct {
 	headAfter    time.Duration
 
 	mu     sync.Mutex
-	change sync.Cond              // a connection left or changed its class, or a listener was closed; L is &mu
-	all    map[*edgeConn]struct{} // max at most
-	wanted int                    // new connections that wait for a place
-	by     shares                 // connections of each client but trusted proxies
+	change sync.Cond                    // a connection left or changed its class, or a listener was closed; L is &mu
+	all    map[*edgeConn]struct{}       // max at most
+	wanted int                          // new connections that wait for a place
+	by     shares                       // connections of each client but trusted proxies
+	wasted map[netip.Addr]*rate.Limiter // of clients that have wasted some; maxWasters at most
 
-	most                                int
-	evicted, slow, crowding, overClient uint64
+	most                                          int
+	evicted, slow, crowding, overClient, wasteful uint64
 }
 
 const (
@@ -60,10 +69,15 @@ const (
 	headAfter = 500 * time.Millisecond
 	// slowAfter is when a body or an answer is measured first.
 	slowAfter = time.Second
+	// wasteBurst and wastePerSecond are how many connections a client may waste.
+	wasteBurst     = 64
+	wastePerSecond = 4
+	// maxWasters bounds the clients of which that is known. Beyond it the others are free.
+	maxWasters = 4096
 )
 
 func newEdgeConns(limit, perAddr int, leastRate int64, trusted func(netip.Addr) bool) *edgeConns {
-	s := &edgeConns{max: limit, perAddr: perAddr, leastRate: leastRate, trusted: trusted, evictAfter: evictAfter, headAfter: headAfter, all: map[*edgeConn]struct{}{}, by: newShares()}
+	s := &edgeConns{max: limit, perAddr: perAddr, leastRate: leastRate, trusted: trusted, evictAfter: evictAfter, headAfter: headAfter, all: map[*edgeConn]struct{}{}, by: newShares(), wasted: map[netip.Addr]*rate.Limiter{}}
 	s.change.L = &s.mu
 	return s
 }
@@ -84,6 +98,7 @@ type edgeConn struct {
 	class   connClass
 	since   time.Time // when it came into its class
 	from    int64     // moved then
+	used    bool      // a request on it was taken
 	left    bool      // its place has been given back
 }
 
@@ -158,6 +173,7 @@ func (c *edgeConn) phase(from, to phase) {
 	if to != phaseNone {
 		c.phases[to]++
 	}
+	c.used = c.used || to == phaseWait
 	c.setLocked(time.Now())
 }
 
@@ -215,6 +231,10 @@ func (s *edgeConns) admit(l *edgeListener, raw net.Conn) *edgeConn {
 
 // roomLocked waits until there is a place for one more connection of a client.
 func (s *edgeConns) roomLocked(l *edgeListener, key netip.Addr) bool {
+	if w := s.wasted[key]; w != nil && w.Tokens() < 1 {
+		s.wasteful++
+		return false
+	}
 	for !l.closed {
 		now := time.Now()
 		own := key.IsValid() && s.perAddr > 0 && s.by.own(key) >= s.perAddr
@@ -226,7 +246,7 @@ func (s *edgeConns) roomLocked(l *edgeListener, key netip.Addr) bool {
 		case victim != nil:
 			s.evictLocked(victim)
 			continue
-		case own, key.IsValid() && s.by.weight(key) >= max(1, s.max/4):
+		case own, key.IsValid() && s.by.weight(key) > 1:
 			s.overClient++
 			return false
 		}
@@ -254,11 +274,12 @@ func (s *edgeConns) victimLocked(key netip.Addr, own bool, now time.Time) (victi
 			continue
 		}
 		n := s.by.weight(c.key)
-		wait, ok := c.givesWayLocked(now, n > quarter, mine)
+		crowds := !mine && n > weight && (n > quarter || n >= 4*(weight+1))
+		wait, ok := c.givesWayLocked(now, crowds, n > quarter, mine)
 		if !ok {
 			continue
 		}
-		free := c.class == classRefused || c.class == classMoving && n <= quarter // whoever asks
+		free := c.class == classRefused || c.class == classMoving && !crowds // whoever asks
 		if !free && !mine && n <= weight {
 			continue
 		}
@@ -292,7 +313,7 @@ func cmpRank(a, b [3]int64) int {
 
 // givesWayLocked returns how long it takes until c may be closed for another one; ok is
 // false if that depends on what it does until then.
-func (c *edgeConn) givesWayLocked(now time.Time, crowds, mine bool) (wait time.Duration, ok bool) {
+func (c *edgeConn) givesWayLocked(now time.Time, crowds, quarter, mine bool) (wait time.Duration, ok bool) {
 	age, evictAfter := now.Sub(c.since), c.conns.evictAfter
 	after := func(d time.Duration) (time.Duration, bool) { return max(0, d-age), true }
 	switch c.class {
@@ -302,7 +323,8 @@ func (c *edgeConn) givesWayLocked(now time.Time, crowds, mine bool) (wait time.D
 		if crowds {
 			return after(evictAfter)
 		}
-		return after(c.conns.headAfter)
+		wait, ok = after(c.conns.headAfter)
+		return wait, ok && !mine
 	case classIdle:
 		if mine { // its client has chosen another one
 			return 0, true
@@ -321,7 +343,7 @@ func (c *edgeConn) givesWayLocked(now time.Time, crowds, mine bool) (wait time.D
 		return slowAfter, true // it is looked at again
 	}
 	wait, _ = after(evictAfter)
-	return wait, crowds
+	return wait, crowds && quarter
 }
 
 // wake has all that wait look again. It takes the lock so that it cannot come between a
@@ -361,10 +383,32 @@ func (s *edgeConns) endLocked(c *edgeConn) {
 	}
 	c.left = true
 	delete(s.all, c)
+	if !c.used {
+		s.wasteLocked(c.key)
+	}
 	if !c.trusted {
 		s.by.add(c.key, -1)
 	}
 	s.change.Broadcast()
+}
+
+// wasteLocked counts a connection that ended before a request on it was taken.
+func (s *edgeConns) wasteLocked(key netip.Addr) {
+	if !key.IsValid() {
+		return
+	}
+	w := s.wasted[key]
+	if w == nil {
+		if len(s.wasted) >= maxWasters {
+			maps.DeleteFunc(s.wasted, func(_ netip.Addr, w *rate.Limiter) bool { return w.Tokens() >= wasteBurst })
+		}
+		if len(s.wasted) >= maxWasters {
+			return
+		}
+		w = rate.NewLimiter(wastePerSecond, wasteBurst)
+		s.wasted[key] = w
+	}
+	w.Allow() // what cannot be taken is gone already
 }
 
 // Close closes the connection and gives its place back.

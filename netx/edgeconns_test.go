@@ -488,6 +488,68 @@ func TestEdgeManySilentConnections(t *testing.T) {
 	}
 }
 
+// tries connects from an address and writes, which may fail: it may be closed at once.
+func (et *edgeTest) tries(from, text string) {
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+	if c, err := d.Dial("tcp", et.addr.String()); err == nil {
+		et.t.Cleanup(func() { c.Close() })
+		_, _ = io.WriteString(c, text)
+	}
+}
+
+// A client that has wasted many connections has no more for a while, and others have
+// theirs.
+func TestEdgeWastedConnections(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, l, _ := connsOf(t, "203.0.113.9", "203.0.113.8")
+		s.max = 2
+		comes := func(from string) *edgeConn {
+			return s.admit(l, &peerConn{peer: netip.AddrPortFrom(netip.MustParseAddr(from), 1)})
+		}
+		for i := range wasteBurst {
+			c := comes("203.0.113.1")
+			if c == nil {
+				t.Fatalf("no place after %d", i)
+			}
+			c.Close()
+		}
+		if comes("203.0.113.1") != nil || s.wasteful != 1 {
+			t.Error("it has another one")
+		}
+		for _, from := range []string{"203.0.113.2", "203.0.113.9"} {
+			for range 2 * wasteBurst { // of which none is wasted
+				c := comes(from)
+				if c == nil {
+					t.Fatal("others have none")
+				}
+				c.phase(phaseNone, phaseWait)
+				c.phase(phaseWait, phaseNone)
+				c.Close()
+			}
+		}
+		time.Sleep(time.Second / wastePerSecond)
+		c := comes("203.0.113.1")
+		if c == nil {
+			t.Fatal("it has none later")
+		}
+		c.Close()
+
+		// What is known of clients is bounded, and forgotten.
+		for i := range maxWasters + 10 {
+			c := comes(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}).String())
+			c.Close()
+		}
+		if n := len(s.wasted); n != maxWasters {
+			t.Errorf("%d clients are remembered", n)
+		}
+		time.Sleep(time.Hour)
+		comes("203.0.113.3").Close()
+		if n := len(s.wasted); n != 1 {
+			t.Errorf("%d clients are remembered after an hour", n)
+		}
+	})
+}
+
 // One address with any number of silent connections does not keep others out: its
 // oldest ones go, until a quarter of the places is left to it.
 func TestEdgeOneAddressLeavesConnections(t *testing.T) {
@@ -512,24 +574,24 @@ func TestEdgeOneAddressLeavesConnections(t *testing.T) {
 				return c
 			}
 			var conns []net.Conn
-			for range silent {
+			for range places {
 				conns = append(conns, dial("127.0.0.2"))
 			}
-			eventually(t, "the first are closed", func() bool { return et.Stats().Crowding == silent-places })
-			for _, c := range conns[:silent-places] {
-				closedByEdge(t, c)
+			eventually(t, "it has all places", func() bool { return et.Stats().Open == places })
+			for range silent - places { // further ones are closed at once
+				et.tries("127.0.0.2", "\x16")
 			}
-			conns = conns[silent-places:]
+			eventually(t, "they are counted", func() bool { return et.Stats().OverAddr == silent-places })
 
 			// Others are let in, while it has more than a quarter.
 			for i := range places - places/4 {
 				dial(fmt.Sprintf("127.0.0.%d", i+3))
-				eventually(t, "it has a place", func() bool { return et.Stats().Crowding == uint64(silent-places+i+1) })
+				eventually(t, "it has a place", func() bool { return et.Stats().Crowding == uint64(i+1) })
 				closedByEdge(t, conns[i])
 			}
 			last := et.dial("127.0.0.20") // waits for one of them to end
 			eventually(t, "all places are in use", et.conns.crowded)
-			if s := et.Stats(); s.Open != places || s.MaxOpen != places || s.Crowding != silent-places/4 {
+			if s := et.Stats(); s.Open != places || s.MaxOpen != places || s.Crowding != places-places/4 {
 				t.Errorf("%+v", s)
 			}
 			conns[places-1].Close()

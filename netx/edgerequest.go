@@ -65,7 +65,8 @@ type EdgeRequest struct {
 	announces bool // a body, or one of unknown size
 	released  atomic.Bool
 	place     place
-	at        phase // what it does with conn; whoever may answer changes it
+	writing   atomic.Int64 // since when a piece of its answer waits for the client, Unix time in nanoseconds; 0: none does
+	at        phase        // what it does with conn; whoever may answer changes it
 
 	state inboundState  // guarded by edge.mu
 	work  chan func()   // what Answer wants done; room for one
@@ -158,32 +159,29 @@ const (
 )
 
 // MaxRefusals returns how many requests beyond MaxRequests are answered at a time.
-func MaxRefusals(maxRequests int) int { return max(16, maxRequests/8) }
+func MaxRefusals(maxRequests int) int { return max(16, maxRequests/32) }
 
 // hold gives a request its place: a real one, unless so many are held, or as many for
 // its client as it may have of them. leave gives it back.
 func (e *Edge) hold(q *EdgeRequest) (leave func()) {
-	key := q.clientKey()
+	key := q.ClientKey()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	n, by := &e.stats.Held, &e.held
-	switch refuses := MaxRefusals(e.cfg.MaxRequests); {
-	case mayTake(key, e.held.weight(key), e.stats.Held, e.cfg.MaxRequests):
-	case mayTake(key, e.refused.weight(key), e.refuses, refuses):
-		q.place, n, by = placeRefused, &e.refuses, &e.refused
+	of := e.held
+	switch {
+	case e.held.Take(key):
+		e.stats.MaxHeld = max(e.stats.MaxHeld, e.held.Used())
+	case e.refused.Take(key):
+		q.place, of = placeRefused, e.refused
 	default:
 		q.place = placeNone
 		e.stats.Dropped++
 		return func() {}
 	}
-	*n++
-	e.stats.MaxHeld = max(e.stats.MaxHeld, e.stats.Held)
-	by.add(key, 1)
 	return func() {
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		*n--
-		by.add(key, -1)
+		of.Give(key)
 	}
 }
 
@@ -193,9 +191,10 @@ func (q *EdgeRequest) enter(to phase) {
 	q.at = to
 }
 
-// clientKey is what its client's share is counted under; zero if nobody knows whose
-// it is, as behind a proxy that does not say for whom it speaks.
-func (q *EdgeRequest) clientKey() netip.Addr {
+// ClientKey is what its client's share is counted under: an IPv4 address or the first one
+// of an IPv6 /64; zero if nobody knows whose it is, as behind a proxy that does not say
+// for whom it speaks.
+func (q *EdgeRequest) ClientKey() netip.Addr {
 	if !q.Client.IsValid() || q.Client == q.conn.peer && q.conn.trusted {
 		return netip.Addr{}
 	}
@@ -367,7 +366,7 @@ func (q *EdgeRequest) readBody(r *http.Request) error {
 	case err != nil:
 		return q.bodyRefusal(r, bodyError(err))
 	}
-	key := q.clientKey()
+	key := q.ClientKey()
 	place, err := e.reading.acquire(r.Context(), key, deadline, q.rc.SetReadDeadline)
 	switch {
 	case err == errNoSlot:
@@ -621,6 +620,20 @@ func (q *EdgeRequest) Abort() error {
 	return nil
 }
 
+// Stalled returns for how long the client has not taken a piece of its answer, of 32 KiB
+// at most.
+func (q *EdgeRequest) Stalled(now time.Time) time.Duration {
+	if since := q.writing.Load(); since != 0 {
+		return now.Sub(time.Unix(0, since))
+	}
+	return 0
+}
+
+// Cut ends the writing of an answer that a client does not take.
+func (q *EdgeRequest) Cut() {
+	_ = q.rc.SetWriteDeadline(time.Now()) // one that is over ends by itself
+}
+
 // Release gives up the request's reference to its body, if it has one. Only the
 // first call has an effect. It is due in every case, also after Gone.
 func (q *EdgeRequest) Release() {
@@ -672,7 +685,10 @@ func (w *edgeWriter) send(piece []byte) error {
 
 // step does one thing that writes to the client, in StallTimeout.
 func (w *edgeWriter) step(do func() error) error {
-	deadline := time.Now().Add(w.stall)
+	now := time.Now()
+	deadline := now.Add(w.stall)
+	w.q.writing.Store(now.UnixNano())
+	defer w.q.writing.Store(0)
 	_ = w.q.rc.SetWriteDeadline(deadline) // a broken connection fails below
 	err := do()
 	switch {

@@ -13,7 +13,7 @@ import (
 // A fairSlots bounds how many bodies are read at once, in all and for one client, so that
 // some clients cannot keep all the others from it. Of those who wait, the client that
 // holds fewest is next, and among equals the first. While somebody waits, the slowest
-// body gives its slot if after slowAfter it is slower than the least rate; and, once
+// body gives its slot if after slotSlowAfter it is slower than the least rate; and, once
 // somebody has waited for crowdedFor, if it has had its slot for longestAlone,
 // however fast it is.
 type fairSlots struct {
@@ -31,8 +31,11 @@ type fairSlots struct {
 }
 
 const (
-	crowdedFor   = 2 * time.Second
-	longestAlone = 10 * time.Second
+	// slotSlowAfter is when a body is measured first: what a line takes for the next piece.
+	slotSlowAfter = 250 * time.Millisecond
+	slotLook      = 50 * time.Millisecond
+	crowdedFor    = 2 * time.Second
+	longestAlone  = 10 * time.Second
 )
 
 // slot is a place in which a body is read.
@@ -84,7 +87,7 @@ func (s *fairSlots) acquire(ctx context.Context, key netip.Addr, deadline time.T
 			return got.use(setDeadline), nil
 		case now := <-look.C:
 			s.cutSlowest(w, now.Sub(begun) >= crowdedFor, now)
-			look.Reset(slowAfter / 4)
+			look.Reset(slotLook)
 		case <-timer.C:
 			err = errNoSlot
 		case <-ctx.Done():
@@ -155,7 +158,7 @@ func (s *fairSlots) slowestLocked(w *fairWaiter, crowded bool, now time.Time) (s
 	for t := range s.held { // max at most
 		age := now.Sub(t.begun)
 		rate := float64(t.moved) / age.Seconds()
-		if t.cut || t.setDeadline == nil || age < slowAfter || rate >= float64(s.leastRate) && !(crowded && age >= longestAlone) {
+		if t.cut || t.setDeadline == nil || age < slotSlowAfter || rate >= float64(s.leastRate) && !(crowded && age >= longestAlone) {
 			continue
 		}
 		if slowest == nil || rate < least || rate == least && t.begun.Before(slowest.begun) {

@@ -37,19 +37,19 @@ type FrontConfig struct {
 	// Secret is what the homeserver shows in Proxy-Authorization: Bearer.
 	Secret []byte
 
-	// MaxConns bounds the accepted connections: those being read, parked and
-	// being answered. Further ones wait in the kernel's accept backlog. Each
+	// MaxConns bounds the accepted connections: those that say nothing, are being read,
+	// parked and being answered. Further ones wait in the kernel's accept backlog. Each
 	// listener that is served takes one of the places while it waits for a
-	// connection. 0 means 4,096. Each needs a file descriptor.
+	// connection; see gate for who gives way. 0 means 4,096. Each needs a file descriptor.
 	MaxConns int
 
-	// MaxReading bounds those of them whose request is being read or handed
-	// over. Each costs one or two goroutines and their buffers. 0 means 64.
+	// MaxReading bounds those of them whose request is being read, from its first byte on,
+	// or handed over. Each costs buffers. 0 means 64.
 	MaxReading int
 
-	// HeaderTimeout bounds the time from accepting a connection until its
-	// request's header is complete; such a connection is closed without an
-	// answer. 0 means 10 s.
+	// HeaderTimeout bounds the time from accepting a connection until its request's
+	// first byte, and from then until its header is complete; such a connection is closed
+	// without an answer. 0 means 10 s.
 	HeaderTimeout time.Duration
 
 	// BodyTimeout bounds the time from then until the body is complete, with a second more
@@ -139,14 +139,9 @@ type Front struct {
 	lastID   atomic.Uint64
 	errorLog rate.Sometimes
 	receiver receiver
-	readers  chan net.Conn // to a goroutine that waits for its next connection
-	quit     chan struct{} // closed when none comes any more
-	quitOnce func()
 
 	mu        sync.Mutex
 	listeners map[net.Listener]struct{}
-	reading   map[net.Conn]struct{} // whose request is not handed over yet
-	started   int                   // goroutines that read
 	closed    bool
 	waiting   []*Inbound // parked requests that the watcher looks after; Inbound.pos is the index
 	sweeping  bool       // the watcher runs
@@ -156,7 +151,7 @@ type Front struct {
 // FrontStats is a snapshot of what a Front holds and has done.
 type FrontStats struct {
 	Open       int // connections accepted and not yet closed, and listeners that wait for one
-	Reading    int // those of them whose request is not handed over yet
+	Reading    int // those of them whose request is being read
 	Parked     int // those of them that wait for an answer to begin
 	MaxOpen    int // the most so far
 	MaxReading int
@@ -164,7 +159,8 @@ type FrontStats struct {
 
 	Requests uint64         // requests handed over
 	Gone     uint64         // clients that went away while parked
-	Cut      uint64         // clients that went away inside the request's body
+	Cut      uint64         // clients that went away, or had to, before their request was complete
+	GaveWay  uint64         // those of them that had to, as others waited
 	Refused  map[int]uint64 // answers of the Front itself, by status code
 	Secret   SecretStats
 }
@@ -201,15 +197,11 @@ func NewFront(c FrontConfig) *Front {
 		linger:    defaultLinger,
 		gate:      newGate(c.MaxConns, c.MaxReading),
 		errorLog:  rate.Sometimes{First: 1, Interval: errorLogInterval},
-		readers:   make(chan net.Conn),
-		quit:      make(chan struct{}),
 		listeners: map[net.Listener]struct{}{},
-		reading:   map[net.Conn]struct{}{},
 		stats:     FrontStats{Refused: map[int]uint64{}},
 	}
 	f.receiver = receiver{c.Spool, c.Logger, &f.errorLog}
 	f.cfg.Secret = nil // its digest is all that is needed
-	f.quitOnce = sync.OnceFunc(func() { close(f.quit) })
 	return f
 }
 
@@ -220,8 +212,8 @@ func setDefault[T int | int64 | time.Duration](v *T, def T) {
 }
 
 // Serve accepts connections from ln until Close or Shutdown, and closes it.
-// Several listeners may be served at once, but fewer than MaxConns and at most
-// MaxReading, as each of them holds a place. The error is never nil, and
+// Several listeners may be served at once, but fewer than MaxConns, as each of them
+// holds a place. The error is never nil, and
 // http.ErrServerClosed after Close or Shutdown.
 func (f *Front) Serve(ln net.Listener) error {
 	f.mu.Lock()
@@ -233,7 +225,13 @@ func (f *Front) Serve(ln net.Listener) error {
 	f.listeners[ln] = struct{}{}
 	f.mu.Unlock()
 
-	err := f.accept(ln)
+	over := overTCP
+	if ln.Addr().Network() == "unix" {
+		over = overUnix
+	}
+	f.gate.listen(over, 1)
+	err := f.accept(ln, over)
+	f.gate.listen(over, -1)
 	ln.Close()
 
 	f.mu.Lock()
@@ -245,24 +243,20 @@ func (f *Front) Serve(ln net.Listener) error {
 	return err
 }
 
-// accept hands each connection to a goroutine that reads its request: one that
-// has read another before, or a new one. There are no more of them than
-// requests being read at a time, MaxReading, and they stay until Close.
-func (f *Front) accept(ln net.Listener) error {
+// accept reads each connection's request in a goroutine of its own, which ends when the
+// request is handed over.
+func (f *Front) accept(ln net.Listener, over via) error {
 	for pause := time.Duration(0); ; {
-		if !f.gate.enter() {
+		if !f.gate.enter(over) {
 			return http.ErrServerClosed
 		}
 		conn, err := ln.Accept()
 		if err == nil {
 			pause = 0
-			f.mu.Lock()
-			f.reading[conn] = struct{}{}
-			f.mu.Unlock()
-			f.hand(conn)
+			go f.serve(f.gate.came(conn, over))
 			continue
 		}
-		f.gate.leave(1, 1)
+		f.gate.failed(over)
 		if !errors.Is(err, syscall.EMFILE) && !errors.Is(err, syscall.ENFILE) && !errors.Is(err, syscall.ECONNABORTED) {
 			return err
 		}
@@ -270,54 +264,6 @@ func (f *Front) accept(ln net.Listener) error {
 		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
 		f.errorLog.Do(func() { f.cfg.Logger.Error("a connection could not be accepted", "err", err) })
 		time.Sleep(pause)
-	}
-}
-
-// hand gives a connection to a goroutine that reads its request.
-func (f *Front) hand(conn net.Conn) {
-	select {
-	case f.readers <- conn:
-		return
-	default:
-	}
-	f.mu.Lock()
-	more := f.started < f.cfg.MaxReading
-	if more {
-		f.started++
-	}
-	f.mu.Unlock()
-	if more {
-		go f.read(conn)
-		return
-	}
-	select { // one is about to be free: it has handed its request over
-	case f.readers <- conn:
-	case <-f.quit:
-		f.drop(conn)
-	}
-}
-
-// read serves one connection after the other.
-func (f *Front) read(conn net.Conn) {
-	for {
-		f.serve(conn)
-		f.mu.Lock()
-		delete(f.reading, conn)
-		f.mu.Unlock()
-		select {
-		case conn = <-f.readers:
-		case <-f.quit:
-			return
-		}
-	}
-}
-
-// dropReading closes the connections whose request is not handed over yet.
-func (f *Front) dropReading() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for conn := range f.reading {
-		conn.Close()
 	}
 }
 
@@ -338,8 +284,7 @@ func (f *Front) stopAccepting() {
 // Parked requests stay until they are answered.
 func (f *Front) Close() error {
 	f.stopAccepting()
-	f.dropReading()
-	f.quitOnce()
+	f.gate.dropAll()
 	return nil
 }
 
@@ -350,9 +295,8 @@ func (f *Front) Shutdown(ctx context.Context) error {
 	f.stopAccepting()
 	err := f.gate.drain(ctx)
 	if err != nil {
-		f.dropReading()
+		f.gate.dropAll()
 	}
-	f.quitOnce()
 	return err
 }
 
@@ -365,6 +309,8 @@ func (f *Front) Stats() FrontStats {
 	g := f.gate
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	s.Open, s.Reading, s.MaxOpen, s.MaxReading = g.open, g.reading, g.mostOpen, g.mostReading
+	s.Open = g.openLocked(overUnix) + g.openLocked(overTCP)
+	s.Reading = g.readingLocked(overUnix) + g.readingLocked(overTCP)
+	s.MaxOpen, s.MaxReading, s.GaveWay = g.mostOpen, g.mostReading, g.cuts
 	return s
 }

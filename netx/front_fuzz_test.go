@@ -32,8 +32,8 @@ func FuzzFront(f *testing.F) {
 			}
 		})
 		client := &recordedClient{Reader: bytes.NewReader(raw)}
-		ft.gate.enter()
-		ft.Front.serve(client)
+		ft.gate.enter(overUnix)
+		ft.Front.serve(ft.gate.came(client, overUnix))
 		if log := ft.log.String(); strings.Contains(log, "panic") {
 			t.Fatalf("%q: %s", raw, log)
 		}

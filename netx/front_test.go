@@ -580,6 +580,34 @@ func TestFrontLeavesConnectionsInTheBacklog(t *testing.T) {
 	}
 }
 
+// Silent connections, slow heads and requests without the secret, over TCP, keep nobody
+// waiting: neither over TCP nor over a unix socket.
+func TestFrontHostileNeighbours(t *testing.T) {
+	for what, head := range map[string]string{
+		"silent":  "",
+		"slow":    "GET matrix-federation",
+		"refused": "PUT matrix-federation://h/x HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n",
+	} {
+		t.Run(what, func(t *testing.T) {
+			ft := newFrontTest(t, func(c *FrontConfig) {
+				c.MaxReading = 4
+				c.HeaderTimeout, c.BodyTimeout = time.Hour, time.Hour
+			})
+			ft.linger = time.Hour
+			unix, tcp := ft.serve("unix"), ft.serve("tcp")
+			for range 40 {
+				write(t, tcp(), head)
+			}
+			for _, dial := range []func() net.Conn{unix, tcp} {
+				c := dial()
+				write(t, c, request("GET", "/x", "", ""))
+				ft.next().Reply(200, nil, nil)
+				readAnswer(t, c, "GET")
+			}
+		})
+	}
+}
+
 func TestFrontServesSeveralListeners(t *testing.T) {
 	ft := newFrontTest(t, nil)
 	for _, dial := range []func() net.Conn{ft.serve("unix"), ft.serve("tcp"), ft.serve("unix")} {

@@ -40,6 +40,8 @@ type Inbound struct {
 
 	front    *Front
 	conn     net.Conn
+	over     via
+	coming   *coming // nil once it is handed over
 	released atomic.Bool
 
 	state inboundState // guarded by front.mu, as is pos
@@ -58,8 +60,9 @@ const (
 // park hands the request over.
 func (f *Front) park(in *Inbound) {
 	in.ID = f.lastID.Add(1)
+	f.gate.handed(in.coming)
+	in.coming = nil
 	f.mu.Lock()
-	delete(f.reading, in.conn)
 	f.stats.Requests++
 	f.stats.Parked++
 	f.stats.MaxParked = max(f.stats.MaxParked, f.stats.Parked)
@@ -70,7 +73,7 @@ func (f *Front) park(in *Inbound) {
 		if !handled {
 			_ = in.Abort() // Handle panics; it may have answered before
 		}
-		f.gate.leave(0, 1)
+		f.gate.leave(in.over, 0, 1)
 	}()
 	f.cfg.Handle(in)
 	handled = true
@@ -100,7 +103,7 @@ func (in *Inbound) end(abort bool) {
 		_ = tcp.SetLinger(0) // fails only on a connection that is broken already
 	}
 	_ = in.conn.Close()
-	in.front.gate.leave(1, 0)
+	in.front.gate.leave(in.over, 1, 0)
 }
 
 // answer claims the right to answer, calls write, and closes the connection,

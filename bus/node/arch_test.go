@@ -128,7 +128,9 @@ var starters = map[string]string{
 	"bus/node/node.go serve": "the loop, and one for each listener",
 	"sched/pool.go NewPool":  "a fixed number, when the pool is made",
 	"store/writer.go start":  "the one writer",
-	"netx/front.go hand":     "as many as there are requests being read at a time, max_reading at most",
+	"netx/front.go accept":   "one for each connection until its request is handed over, netx.MaxComing at most",
+	"netx/edge.go Serve":     "one for each listener",
+	"netx/edgelisten.go run": "one for each handshake, max_connections at most",
 	"netx/watch.go watch":    "the one watcher, while there is something to watch",
 	"netx/dial.go race":      "at most two attempts to connect, ended with the dial",
 }

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"fsbus/netx"
 	"fsbus/sched"
 )
 
@@ -21,7 +22,7 @@ const (
 	baseCost = 16 * sched.MiB
 	// parkedCost is a request that waits: its connection and header fields
 	// (1.7 KiB measured), what the core (0.4 KiB measured) and the node know
-	// of it.
+	// of it. One on which nothing has come yet has a goroutine instead.
 	parkedCost = 2560 * sched.Bytes(1)
 	// readingCost is a request that is being read: net/http's buffers (8 KiB),
 	// the copy buffer (32 KiB), the stacks of two goroutines. 48 KiB measured.
@@ -66,6 +67,7 @@ const (
 	edgeConnCost    = 58 * sched.KiB
 	edgeRequestCost = sched.Bytes(perRequest)
 	edgeReadingCost = 48 * sched.KiB
+	edgeRefusedCost = 24 * sched.KiB // a goroutine, a header of netx's bounds
 	forwardCost     = 60 * sched.KiB
 	txnAnswerCost   = maxAnswerKept - 32*sched.KiB
 	originCost      = 400 * sched.Bytes(1)
@@ -80,13 +82,12 @@ const (
 	workerGoroutines = 7
 	// idleGoroutines read and write a connection; HTTP/2 needs only one.
 	idleGoroutines = 2
-	// edgeConnGoroutines are those of a connection of HTTP/2 and of a request on it,
-	// or of one of HTTP/1.1 while a request on it waits.
+	// edgeConnGoroutines are those of a connection, beside those of the requests on it:
+	// HTTP/2 has one that reads, one that serves and one that writes; HTTP/1.1 one, and
+	// another while a request waits.
 	edgeConnGoroutines = 3
 	// forwardGoroutines forward a request, and read and write its connection.
 	forwardGoroutines = 3
-	// readingGoroutines read a connection's request.
-	readingGoroutines = 1
 	// fixedGoroutines are those that every node has: the loop, the store's writer, the watcher of parked
 	// connections, the pools that write answers, read the store and look through
 	// answers, the status page (8), the admin's socket, two for each of its
@@ -126,8 +127,9 @@ func (c *Config) Budget() Budget {
 	f, o := &c.Front, &c.Outbound
 	b := Budget{
 		Limit: c.MemoryLimit,
+		// A connection of the homeserver has a goroutine until its request is read.
 		Goroutines: fixedGoroutines + o.Workers*workerGoroutines + o.IdleConnections*idleGoroutines +
-			f.MaxReading*readingGoroutines + len(f.Listen),
+			min(f.MaxConnections, netx.MaxComing) + len(f.Listen),
 		Connections: o.Workers*workerConnections + o.IdleConnections,
 	}
 	b.FileDescriptors = fixedFiles + spoolFiles + f.MaxConnections + b.Connections + o.DNSQueries
@@ -157,8 +159,11 @@ func (c *Config) Budget() Budget {
 	}
 	if e := &c.Edge; c.hasEdge() {
 		forwards := e.Concurrency + e.Parallel
+		held := e.heldRequests()
+		refused := netx.MaxRefusals(held)
 		add("servers' connections", "edge.max_connections", e.MaxConnections, edgeConnCost)
 		add("servers' requests", "edge.requests", e.Requests+e.Unverified, edgeRequestCost)
+		add("of them, refused", "", refused, edgeRefusedCost)
 		add("of them, large headers", "", 1, leastDetails)
 		add("servers' bodies, and answers", "edge.spool_memory", 2, e.SpoolMemory)
 		add("of them, being read", "edge.max_reading", e.MaxReading, edgeReadingCost)
@@ -168,12 +173,12 @@ func (c *Config) Budget() Budget {
 		add("keys at hand", "", 2*maxRing, ringCost)
 		// One body of the largest size at a time, and what is made of it to check it.
 		add("large bodies being verified", "edge.checked_body", 2, e.CheckedBody)
-		b.Goroutines += e.MaxConnections*edgeConnGoroutines + forwards*forwardGoroutines + verifiers + len(e.Listen)
+		b.Goroutines += e.MaxConnections*edgeConnGoroutines + held + refused + forwards*forwardGoroutines + verifiers + 2*len(e.Listen)
 		b.FileDescriptors += e.MaxConnections + forwards + 2*spoolFiles
 		if e.PassClient {
 			add("clients' requests", "", clientRequests, forwardCost)
 			b.FileDescriptors += clientRequests
-			b.Goroutines += 3 * clientRequests
+			b.Goroutines += 2 * clientRequests
 		}
 	}
 	return b

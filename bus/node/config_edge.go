@@ -41,8 +41,8 @@ type EdgeConfig struct {
 	// Default false: they do not exist.
 	PassClient bool `toml:"pass_client"`
 
-	// MaxConnections is how many connections are open at a time; when all are, the
-	// longest idle one makes room. Default 320. Each costs 57 KiB with TLS, up to
+	// MaxConnections is how many connections are open at a time; when all are, one of
+	// whoever has most makes room. Default 320. Each costs 57 KiB with TLS, up to
 	// three goroutines and a file descriptor.
 	MaxConnections int `toml:"max_connections" range:"16..100000" fit:"32"`
 	// MaxConnectionsPerAddress is how many of them one address may have. Default 0:

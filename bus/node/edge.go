@@ -94,7 +94,6 @@ func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
 		return nil, nil
 	}
 	e := &cfg.Edge
-	held := e.Requests + e.Unverified
 	s := &edgeShell{
 		n: n, ring: newKeyring(n), covers: newHasher(),
 		requests: make(map[edge.ReqID]*caller), relays: make(map[edge.OpID]*relay), wanted: make(map[uint64]*keyWish),
@@ -111,7 +110,6 @@ func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
 		return nil, fmt.Errorf("edge.upstream: %w", err)
 	}
 	if e.PassClient {
-		held += clientRequests
 		if s.clients, err = newClientSide(up); err != nil {
 			return nil, fmt.Errorf("edge.upstream: %w", err)
 		}
@@ -136,7 +134,7 @@ func newEdge(n *Node, cfg *Config, seed [32]byte) (*edgeShell, error) {
 	}
 	s.server = netx.NewEdge(netx.EdgeConfig{
 		TLS: s.certs, TrustedProxies: e.proxies(),
-		MaxConns: e.MaxConnections, MaxConnsPerAddr: e.MaxConnectionsPerAddress, MaxReading: e.MaxReading, MaxRequests: held,
+		MaxConns: e.MaxConnections, MaxConnsPerAddr: e.MaxConnectionsPerAddress, MaxReading: e.MaxReading, MaxRequests: e.heldRequests(),
 		HeaderTimeout: time.Duration(e.HeaderTimeout), BodyTimeout: time.Duration(e.BodyTimeout), BodyRate: int64(e.BodyRate), BodyTotal: time.Duration(e.BodyTotal), IdleTimeout: time.Duration(e.IdleTimeout),
 		MaxBody: s.maxBody, Spool: s.spool, Logger: n.log,
 		Check: s.check, Handle: s.ingest, Gone: s.gone,
@@ -155,6 +153,14 @@ func (s *edgeShell) start(cfg *Config) {
 	if s.clients != nil {
 		s.clients.start(s.n)
 	}
+}
+
+// heldRequests returns how many requests are held at a time.
+func (e *EdgeConfig) heldRequests() int {
+	if e.PassClient {
+		return e.Requests + e.Unverified + clientRequests
+	}
+	return e.Requests + e.Unverified
 }
 
 // edgeDisk returns how many bytes of requests may be on disk.

@@ -18,6 +18,9 @@ const (
 	// clientDisk is what all bodies of clients' requests may have on disk, in bytes, if
 	// that is enough for a few.
 	clientDisk = 256 << 20
+	// clientStalls is for how long a client may leave its answer unread while others find
+	// no place.
+	clientStalls = 2 * time.Second
 	// clientPatience bounds a client's request: it is longer than any long poll.
 	clientPatience = 5 * time.Minute
 )
@@ -31,18 +34,20 @@ type clientSide struct {
 
 	mu      sync.Mutex
 	running map[uint64]*clientJob // by the request's ID
+	places  *netx.FairPlaces
 }
 
 type clientJob struct {
 	q      *netx.EdgeRequest
 	ctx    context.Context
 	cancel context.CancelFunc
+	cut    bool // its place was taken back; guarded by clientSide.mu
 }
 
 func newClientSide(up netx.UpstreamConfig) (*clientSide, error) {
 	up.MaxConns, up.StallTimeout = clientRequests, 2*clientPatience
 	upstream, err := netx.NewUpstream(up)
-	return &clientSide{upstream: upstream, running: make(map[uint64]*clientJob)}, err
+	return &clientSide{upstream: upstream, running: make(map[uint64]*clientJob), places: netx.NewFairPlaces(clientRequests)}, err
 }
 
 func (c *clientSide) start(n *Node) {
@@ -53,19 +58,40 @@ func (c *clientSide) start(n *Node) {
 	})
 }
 
-// take has a request passed on, unless too many are.
+// take has a request passed on, unless too many are, or too many of its client. An answer
+// that is not read gives its place.
 func (c *clientSide) take(q *netx.EdgeRequest) bool {
 	j := &clientJob{q: q}
 	j.ctx, j.cancel = context.WithTimeout(context.Background(), clientPatience)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.running) >= clientRequests {
-		j.cancel()
-		return false
+	key := q.ClientKey()
+	if !c.places.Take(key) {
+		if c.cutLocked(time.Now()); !c.places.Take(key) {
+			j.cancel()
+			return false
+		}
 	}
 	c.running[q.ID] = j
 	c.pool.Submit(j)
 	return true
+}
+
+// cutLocked ends the answer that has stood still for longest, if that is long, and takes
+// its place back.
+func (c *clientSide) cutLocked(now time.Time) {
+	var worst *clientJob
+	longest := clientStalls
+	for _, j := range c.running { // clientRequests at most, and those that were cut
+		if stalled := j.q.Stalled(now); !j.cut && stalled >= longest {
+			worst, longest = j, stalled
+		}
+	}
+	if worst != nil {
+		worst.cut = true
+		c.places.Give(worst.q.ClientKey())
+		worst.q.Cut()
+	}
 }
 
 // pass passes a request on. Who has gone has gone.
@@ -91,6 +117,9 @@ func (c *clientSide) end(j *clientJob) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.running, j.q.ID)
+	if !j.cut {
+		c.places.Give(j.q.ClientKey())
+	}
 }
 
 // gone breaks off what a client does not wait for any more. It reports whether the

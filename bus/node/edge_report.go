@@ -15,8 +15,11 @@ type EdgeReport struct {
 	Homeserver  HomeReport      `json:"homeserver"`
 	Connections int             `json:"connections"`
 	Evicted     uint64          `json:"connections_evicted"`  // idle ones, closed for new ones
-	Crowding    uint64          `json:"connections_crowding"` // fresh ones, closed since their address has most
+	Crowding    uint64          `json:"connections_crowding"` // those that brought no request, or were refused, closed for new ones
+	Slow        uint64          `json:"connections_slow"`     // bodies and answers broken off for others, as they were the slowest
+	Dropped     uint64          `json:"requests_dropped"`     // those beyond all bounds, ended without an answer
 	OverAddress uint64          `json:"connections_over_address"`
+	Wasteful    uint64          `json:"connections_wasteful"` // closed at once, of addresses that had wasted many
 	Handshake   uint64          `json:"handshakes_failed"`
 	HTTP2       uint64          `json:"http2_requests"`
 	Listener    map[int]uint64  `json:"listener_answers"` // given before a body was read, by status
@@ -110,7 +113,7 @@ func (s *edgeShell) report(snap *edge.Snapshot, server netx.EdgeStats) *EdgeRepo
 	st.Refused[edge.ForACL] += denied
 	r := &EdgeReport{
 		Homeserver:  HomeReport{Up: snap.Home.Up, Why: snap.Home.Why, Downs: snap.Home.Downs, Down: seconds(snap.Home.Down)},
-		Connections: server.Open, Evicted: server.Evicted, Crowding: server.Crowding, OverAddress: server.OverAddr, Handshake: server.Handshake, HTTP2: server.HTTP2, Listener: server.Refused,
+		Connections: server.Open, Evicted: server.Evicted, Crowding: server.Crowding, Slow: server.Slow, Dropped: server.Dropped, OverAddress: server.OverAddr, Wasteful: server.Wasteful, Handshake: server.Handshake, HTTP2: server.HTTP2, Listener: server.Refused,
 		Requests: st.Requests, KeyFetches: st.Fetches, KeysDenied: st.FetchesDenied, EphemeralPS: snap.EphemeralRate, Held: st.Held,
 		Answered: []CountReport{
 			{"replied", st.Replied}, {"replayed", st.Replayed}, {"from_pdus", st.FromPDUs}, {"empty", st.Empties}, {"gone", st.Gone},
@@ -323,7 +326,11 @@ func (e exposition) edge(r *EdgeReport) {
 	e.one("fsbus_edge_requests_total", "counter", "Requests of other servers.", float64(r.Requests))
 	e.one("fsbus_edge_connections", "gauge", "Connections of other servers.", float64(r.Connections))
 	e.one("fsbus_edge_connections_evicted_total", "counter", "Idle connections closed to make room.", float64(r.Evicted))
-	e.one("fsbus_edge_connections_crowding_total", "counter", "Fresh connections closed to make room, of addresses with more than a quarter of all.", float64(r.Crowding))
+	e.one("fsbus_edge_connections_crowding_total", "counter", "Connections that brought no request, or whose request was refused, closed to make room.", float64(r.Crowding))
+	e.one("fsbus_edge_connections_slow_total", "counter", "Bodies and answers broken off for others that waited, as they were the slowest.", float64(r.Slow))
+	e.one("fsbus_edge_connections_over_address_total", "counter", "Connections closed since their address had too many.", float64(r.OverAddress))
+	e.one("fsbus_edge_connections_wasteful_total", "counter", "Connections closed at once, of addresses that had wasted many.", float64(r.Wasteful))
+	e.one("fsbus_edge_requests_dropped_total", "counter", "Requests beyond all bounds, ended without an answer.", float64(r.Dropped))
 	e.one("fsbus_edge_key_fetches_total", "counter", "Keys asked for to check signatures.", float64(r.KeyFetches))
 	e.one("fsbus_edge_key_fetches_denied_total", "counter", "Keys not asked for, as too many were.", float64(r.KeysDenied))
 	e.one("fsbus_edge_gaps_total", "counter", "Events that name others before them which have not come by.", float64(r.Gaps))

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -44,10 +45,12 @@ const maxProcFile = 4 << 20
 func holderOf(port int) (pid int, name string) {
 	inodes := make(map[string]bool)
 	for _, file := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
-		text, err := readSmall(file, maxProcFile)
+		f, err := os.Open(file)
 		if err != nil {
 			continue
 		}
+		text, _ := io.ReadAll(io.LimitReader(f, maxProcFile)) // those that listen come first
+		f.Close()
 		for line := range bytes.Lines(text) {
 			// proc_pid_net(5): sl local_address rem_address st ... inode, in the tenth column
 			f := strings.Fields(string(line))

@@ -1,7 +1,7 @@
 // Command bench measures fsbus in one run on one machine: against a naive proxy
 // that does the same work without any limit, and against no proxy at all.
 //
-//	go run ./scripts/bench                        everything, about 32 minutes
+//	go run ./scripts/bench                        everything, about 34 minutes
 //	go run ./scripts/bench -run 'overhead|large'  some of it
 //	go run ./scripts/bench -json result.json      with every round, for comparisons
 //
@@ -9,7 +9,8 @@
 // opens the members of a large room, or joins it, on each of the three ways: no
 // proxy, the naive one, fsbus. They take 7, 2 and 5 minutes, most of which is
 // waiting for dead and slow servers where there is no fsbus. Those whose names begin with
-// edge are about what other servers send, and take 8; edge-throughput compares with nginx
+// edge are about what other servers send, and take 8; hostile is what of that is meant
+// ill, and takes 2; edge-throughput compares with nginx
 // or Caddy (-proxy), if there is one.
 //
 // The simulated servers, the homeserver's part and the proxies share the machine,
@@ -81,6 +82,7 @@ var scenarios = []struct {
 	{"edge-forged", "10,000 requests that are not by whom they say, while 20 servers send in earnest", edgeForged},
 	{"edge-retries", "a transaction of each of 500 servers, sent 12 times over, with a kill -9 in between", edgeRetries},
 	{"edge-connections", "2,000 servers that stay connected, where there are 320 places", edgeConnections},
+	{"hostile", "attacks of all kinds on the edge, the front and the status page, from one address and from sixteen", hostile},
 	{"edge-storm", "presence of 2,000 servers, as fast as it is taken, while 20 servers send events", edgeStorm},
 }
 

@@ -33,6 +33,9 @@ type StubConfig struct {
 	// Keys are the keys of those who may send. If there are any, a request that
 	// none of them signed is answered 401.
 	Keys map[matrix.ServerName]ed25519.PublicKey
+
+	// ClientAnswer is how many bytes the answer to a client has; 0: none is answered.
+	ClientAnswer int
 }
 
 // Stub is a homeserver's federation listener: HTTP/1.1 without TLS. It answers
@@ -129,6 +132,8 @@ func (s *Stub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	header := w.Header()
 	header["Content-Type"] = []string{"application/json"}
 	switch {
+	case s.cfg.ClientAnswer > 0 && strings.HasPrefix(r.RequestURI, "/_matrix/client/"):
+		w.Write(bytes.Repeat([]byte{' '}, s.cfg.ClientAnswer))
 	case !signed && (send || len(s.cfg.Keys) > 0):
 		s.mu.Lock()
 		s.stats.Refused++
