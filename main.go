@@ -26,6 +26,9 @@ import (
 // version is set by the Makefile from git.
 var version = ""
 
+// stderr is for what is said to whoever sits at the terminal.
+var stderr = node.Clean(os.Stderr)
+
 // Exit codes.
 const (
 	exitOK     = 0
@@ -82,7 +85,7 @@ func dispatch(args []string) int {
 	}
 	i := slices.IndexFunc(commands, func(c command) bool { return c.name == name })
 	if i < 0 {
-		fmt.Fprintf(os.Stderr, "fsbus: unknown command %q\n\n%s", name, usage())
+		fmt.Fprintf(stderr, "fsbus: unknown command %q\n\n%s", name, usage())
 		return exitUsage
 	}
 	c := commands[i]
@@ -103,7 +106,7 @@ func parse(fs *flag.FlagSet, args []string) (code int, done bool) {
 	case err != nil:
 		return exitUsage, true
 	case fs.NArg() > 0:
-		fmt.Fprintf(os.Stderr, "fsbus: unexpected argument %q; see %s -h\n", fs.Arg(0), fs.Name())
+		fmt.Fprintf(stderr, "fsbus: unexpected argument %q; see %s -h\n", fs.Arg(0), fs.Name())
 		return exitUsage, true
 	}
 	return exitOK, false
@@ -118,7 +121,7 @@ func configFlag(fs *flag.FlagSet) *string {
 func load(read func(path string) (*node.Config, error), path string) (*node.Config, bool) {
 	cfg, err := read(path)
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
+		fmt.Fprintln(stderr, err)
 		return nil, false
 	}
 	return cfg, true
@@ -170,7 +173,7 @@ func checkCommand(fs *flag.FlagSet, args []string) int {
 	if !ok {
 		return exitUsage
 	}
-	if _, err := cfg.Budget().WriteTo(os.Stdout); err != nil {
+	if _, err := cfg.Budget().WriteTo(node.Clean(os.Stdout)); err != nil {
 		return exitFailed
 	}
 	for _, s := range cfg.Notes() {
@@ -181,7 +184,7 @@ func checkCommand(fs *flag.FlagSet, args []string) int {
 	}
 	wrong, notes, err := cfg.AtStart(*user)
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "fsbus:", err)
+		fmt.Fprintln(stderr, "fsbus:", err)
 		return exitUsage
 	}
 	for _, s := range notes {
@@ -192,7 +195,7 @@ func checkCommand(fs *flag.FlagSet, args []string) int {
 	}
 	missing := cfg.Missing()
 	for _, err := range missing {
-		fmt.Fprintln(os.Stderr, err)
+		fmt.Fprintln(stderr, err)
 	}
 	switch {
 	case len(missing) > 0:
@@ -217,14 +220,14 @@ func statusCommand(fs *flag.FlagSet, args []string) int {
 			return exitUsage
 		}
 		if *address = cfg.Status.Listen; *address == "" {
-			fmt.Fprintf(os.Stderr, "fsbus: %s has no status.listen, so there is no status to ask for\n", *path)
+			fmt.Fprintf(stderr, "fsbus: %s has no status.listen, so there is no status to ask for\n", *path)
 			return exitUsage
 		}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	if err := node.PrintStatus(ctx, os.Stdout, *address, *asJSON); err != nil {
-		fmt.Fprintln(os.Stderr, "fsbus:", err)
+	if err := node.PrintStatus(ctx, node.Clean(os.Stdout), *address, *asJSON); err != nil {
+		fmt.Fprintln(stderr, "fsbus:", err)
 		return exitFailed
 	}
 	return exitOK
@@ -239,7 +242,7 @@ func queueCommand(run func(context.Context, node.Terminal, []string) error) func
 		case errors.Is(err, node.ErrUsage):
 			return exitUsage
 		default:
-			fmt.Fprintln(os.Stderr, "fsbus:", err)
+			fmt.Fprintln(stderr, "fsbus:", err)
 			return exitFailed
 		}
 	}
@@ -256,7 +259,7 @@ func synapseCommand(fs *flag.FlagSet, args []string) int {
 	}
 	lines, err := cfg.SynapseConfig()
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "fsbus:", err)
+		fmt.Fprintln(stderr, "fsbus:", err)
 		return exitFailed
 	}
 	io.WriteString(os.Stdout, lines)

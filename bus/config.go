@@ -91,7 +91,7 @@ func Default() Config {
 		KeepBytes:       512 * sched.MiB,
 		MediaFor:        24 * time.Hour,
 		Preflight:       10,
-		Keys:            KeysConfig{Batch: 50, Parallel: 10, Wait: 5 * time.Second, MaxWants: 10000},
+		Keys:            KeysConfig{Batch: 50, Parallel: 10, Wait: 5 * time.Second, MaxWants: 8000},
 	}
 }
 

@@ -56,7 +56,7 @@ const (
 	// keyWantCost is a key that is being asked for, and maxKeyWants how many may
 	// be.
 	keyWantCost = 100 * sched.Bytes(1)
-	maxKeyWants = 10000
+	maxKeyWants = 8000
 	// Of the edge: a connection with TLS (57 KiB resident, measured, with HTTP/2 a
 	// little more), a request that waits on one, beside its body, one whose body is
 	// being read, one that the homeserver works on with its answer's way through the
@@ -72,6 +72,8 @@ const (
 	txnAnswerCost   = maxAnswerKept - 32*sched.KiB
 	originCost      = 400 * sched.Bytes(1)
 	ringCost        = 256 * sched.Bytes(1)
+	// statusCost is a connection of the status page, with a head of 6 KiB and its buffers.
+	statusCost = 32 * sched.KiB
 	// scanCost is what a scanner knows of the room whose answer it looks through.
 	scanCost = sched.MiB
 )
@@ -90,9 +92,9 @@ const (
 	forwardGoroutines = 3
 	// fixedGoroutines are those that every node has: the loop, the store's writer, the watcher of parked
 	// connections, the pools that write answers, read the store and look through
-	// answers, the status page (8), the admin's socket, two for each of its
+	// answers, the status page with two for each of its connections, the admin's socket, two for each of its
 	// connections, and the process itself with its signals (4).
-	fixedGoroutines = 3 + smallRepliers + largeRepliers + storeReaders + scanners + 8 + 1 + 2*adminConns + 4
+	fixedGoroutines = 3 + smallRepliers + largeRepliers + storeReaders + scanners + 1 + 2*statusConns + 1 + 2*adminConns + 4
 
 	// workerConnections are two that race for one server.
 	workerConnections = 2
@@ -151,6 +153,7 @@ func (c *Config) Budget() Budget {
 	add("answers known", "outbound.cache_entries", o.CacheEntries, answerCost)
 	add("keys being fetched", "", maxKeyWants, keyWantCost)
 	add("joins being looked into", "", scanners, scanCost)
+	add("status page's connections", "", statusConns, statusCost)
 	if c.hasOutbox() {
 		// One that is being packed and one that is signed or taken apart.
 		add("transactions being made", "outbox.max_transaction_bytes", 2, c.Outbox.MaxTransactionBytes)

@@ -32,13 +32,14 @@ func TestBudgetTable(t *testing.T) {
   bodies on their way             1   2.0 MiB   2.0 MiB   outbound.spool_memory
   answers kept                    1 256.0 KiB   0.2 MiB   outbound.cache
   answers known               10000      64 B   0.6 MiB   outbound.cache_entries
-  keys being fetched          10000     100 B   1.0 MiB
+  keys being fetched           8000     100 B   0.8 MiB
   joins being looked into         1   1.0 MiB   1.0 MiB
+  status page's connections       6  32.0 KiB   0.2 MiB
   transactions being made         2   4.0 MiB   8.0 MiB   outbox.max_transaction_bytes
   servers with a queue         4500     400 B   1.7 MiB   outbox.max_destinations
   who is in which room            1   2.2 MiB   2.2 MiB   outbox.ack_memory
   sum                                          64.0 MiB   of memory_limit, 64.0 MiB
-goroutines                     2936
+goroutines                     2941
 connections to servers          256
 file descriptors               4792
 `

@@ -363,8 +363,11 @@ type FederationConfig struct {
 // StatusConfig is the page for admins and monitoring.
 type StatusConfig struct {
 	// Listen is its address, "address:port" or "unix:/path"; "" turns it off.
-	// Default 127.0.0.1:8011. It costs up to eight goroutines.
+	// Default 127.0.0.1:8011. It costs up to 13 goroutines.
 	Listen string `toml:"listen"`
+	// Hosts are the names under which it is shown, besides localhost, addresses and the
+	// name in Listen. Default none: a site whose name is made to lead here sees nothing.
+	Hosts []string `toml:"hosts" eg:"\"fsbus.lan\""`
 	// AllowRemote allows a TCP address that other machines can reach. Default
 	// false. The page has no password, and names the servers that are talked
 	// to.
@@ -440,7 +443,7 @@ func DefaultConfig() Config {
 			IPRangeAllowlist: []string{},
 			Resolve:          map[string]string{},
 		},
-		Status: StatusConfig{Listen: "127.0.0.1:8011", Admin: "unix:admin.sock"},
+		Status: StatusConfig{Hosts: []string{}, Listen: "127.0.0.1:8011", Admin: "unix:admin.sock"},
 	}
 }
 

@@ -269,6 +269,7 @@ proxy_dns = true
 client_timeout = "2m"
 [status]
 listen = "unix:status.sock"
+hosts = ["fsbus.lan"]
 allow_remote = true
 admin = "unix:../other.sock"
 `

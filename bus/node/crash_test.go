@@ -332,7 +332,7 @@ func (r *running) accepted(req *fedload.Request) bool {
 
 // idle reports whether nothing is pending. A bus that is gone does not say.
 func (k *killable) idle() bool {
-	resp, err := k.status.Get("http://fsbus/status")
+	resp, err := k.status.Get("http://localhost/status")
 	if err != nil {
 		return false
 	}

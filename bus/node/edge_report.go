@@ -286,31 +286,31 @@ func (r *EdgeReport) table(w io.Writer) {
 	if r == nil {
 		return
 	}
-	fmt.Fprintf(w, "\nFROM OTHER SERVERS\tBEGUN\tWAITING\tRUNNING\tOLDEST\tMEAN WAIT\tLONGEST\n")
+	say(w, "\nFROM OTHER SERVERS\tBEGUN\tWAITING\tRUNNING\tOLDEST\tMEAN WAIT\tLONGEST\n")
 	for _, b := range r.Bands {
-		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%s\t%s\t%s\n", b.Band, b.Begun, b.Waiting, b.Running, secs(b.OldestSeconds), secs(b.MeanWait), secs(b.MaxWait))
+		say(w, "%s\t%d\t%d\t%d\t%s\t%s\t%s\n", b.Band, b.Begun, b.Waiting, b.Running, secs(b.OldestSeconds), secs(b.MeanWait), secs(b.MaxWait))
 	}
-	fmt.Fprintf(w, "\nAT THE HOMESERVER\tRUNNING\tALLOWED\tAT MOST\tP50\tP90\n")
+	say(w, "\nAT THE HOMESERVER\tRUNNING\tALLOWED\tAT MOST\tP50\tP90\n")
 	for _, l := range r.Homeserver.Lanes {
-		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%s\t%s\n", l.Name, l.Running, l.Allowed, l.Most, secs(l.P50), secs(l.P90))
+		say(w, "%s\t%d\t%d\t%d\t%s\t%s\n", l.Name, l.Running, l.Allowed, l.Most, secs(l.P50), secs(l.P90))
 	}
 	if !r.Homeserver.Up {
-		fmt.Fprintf(w, "does not answer\t%s\n", r.Homeserver.Why)
+		say(w, "does not answer\t%s\n", r.Homeserver.Why)
 	}
-	fmt.Fprintf(w, "\nTHEIR REQUESTS\tSO FAR\n")
+	say(w, "\nTHEIR REQUESTS\tSO FAR\n")
 	for _, c := range r.fates() {
-		fmt.Fprintf(w, "%s\t%d\n", c.Name, c.Count)
+		say(w, "%s\t%d\n", c.Name, c.Count)
 	}
-	fmt.Fprintf(w, "keys fetched\t%d\n", r.KeyFetches)
+	say(w, "keys fetched\t%d\n", r.KeyFetches)
 	if len(r.Worst) > 0 {
-		fmt.Fprintf(w, "\nORIGINS THAT COST MOST\tREQUESTS\tWAITING\tREFUSED\tLIMITED\tSHED\tFORGED\n")
+		say(w, "\nORIGINS THAT COST MOST\tREQUESTS\tWAITING\tREFUSED\tLIMITED\tSHED\tFORGED\n")
 		for i := range r.Worst {
 			o := &r.Worst[i]
-			fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", o.name(), o.Requests, o.Waiting, o.Refused, o.Limited, o.Shed, o.Forged)
+			say(w, "%s\t%d\t%d\t%d\t%d\t%d\t%d\n", o.name(), o.Requests, o.Waiting, o.Refused, o.Limited, o.Shed, o.Forged)
 		}
 	}
 	for _, g := range r.GapRooms {
-		fmt.Fprintf(w, "\nEVENTS MISSING BEFORE OTHERS\t%s\t%d, last from %s\n", g.Room, g.Events, g.Origin)
+		say(w, "\nEVENTS MISSING BEFORE OTHERS\t%s\t%d, last from %s\n", g.Room, g.Events, g.Origin)
 	}
 }
 

@@ -220,22 +220,22 @@ func (o *OutboxReport) table(w io.Writer) {
 		return
 	}
 	if o.StandsStill != "" {
-		fmt.Fprintf(w, "\nTHE OUTBOX STANDS STILL: %s\n", o.StandsStill)
+		say(w, "\nTHE OUTBOX STANDS STILL: %s\n", o.StandsStill)
 	}
-	fmt.Fprintf(w, "\nOUTBOX\tPENDING\tACCEPTED\tDELIVERED\tEXPIRED\n")
+	say(w, "\nOUTBOX\tPENDING\tACCEPTED\tDELIVERED\tEXPIRED\n")
 	for i, c := range o.Pending {
-		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\n", c.Name, c.Count, o.ItemsIn[i].Count, o.ItemsOut[i].Count, o.Expired[i].Count)
+		say(w, "%s\t%d\t%d\t%d\t%d\n", c.Name, c.Count, o.ItemsIn[i].Count, o.ItemsOut[i].Count, o.Expired[i].Count)
 	}
-	fmt.Fprintf(w, "destinations\t%d\noldest\t%s\n", o.Destinations, secs(o.OldestAge))
+	say(w, "destinations\t%d\noldest\t%s\n", o.Destinations, secs(o.OldestAge))
 	for _, c := range append(o.totals(), o.fates()...) {
 		if c.Count > 0 {
-			fmt.Fprintf(w, "%s\t%d\n", c.Name, c.Count)
+			say(w, "%s\t%d\n", c.Name, c.Count)
 		}
 	}
 	a := &o.Answers
-	fmt.Fprintf(w, "\nANSWERS HELD\tNOW\tOLDEST\tA SECOND\n")
+	say(w, "\nANSWERS HELD\tNOW\tOLDEST\tA SECOND\n")
 	for _, l := range a.Lanes {
-		fmt.Fprintf(w, "%s\t%d\t%s\t%.1f\n", l.Lane, l.Held, secs(l.Oldest), l.Rate)
+		say(w, "%s\t%d\t%s\t%.1f\n", l.Lane, l.Held, secs(l.Oldest), l.Rate)
 	}
-	fmt.Fprintf(w, "ack_pace %s\t%s\n", a.Pace, a.Why)
+	say(w, "ack_pace %s\t%s\n", a.Pace, a.Why)
 }

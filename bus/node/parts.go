@@ -138,13 +138,17 @@ func given(ln net.Listener) func() (net.Listener, error) {
 
 // statusPart is the status page's listener, at an address or passed by systemd.
 func (n *Node) statusPart(cfg *Config, passed net.Listener) *part {
-	t := &part{name: "status " + cfg.Status.Listen, serve: n.page.Serve, open: func() (net.Listener, error) {
+	t := &part{name: "status " + cfg.Status.Listen, serve: n.servePage, open: func() (net.Listener, error) {
 		return netx.Listen(cfg.Status.Listen, netx.ListenOptions{AllowRemote: cfg.Status.AllowRemote})
 	}}
 	if passed != nil {
 		t.name, t.open = "status "+address(passed), given(passed)
 	}
 	return t
+}
+
+func (n *Node) servePage(ln net.Listener) error {
+	return n.page.Serve(newCrowdListener(ln, statusConns))
 }
 
 // edgeParts are the addresses of the edge, or the listeners that systemd has passed.

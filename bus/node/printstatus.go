@@ -30,7 +30,7 @@ func PrintStatus(ctx context.Context, w io.Writer, address string, asJSON bool) 
 			return new(net.Dialer).DialContext(ctx, network, address)
 		},
 	}}
-	req, err := http.NewRequestWithContext(ctx, "GET", "http://fsbus/status", nil)
+	req, err := http.NewRequestWithContext(ctx, "GET", "http://localhost/status", nil)
 	if err != nil {
 		return err
 	}
@@ -60,51 +60,51 @@ func PrintStatus(ctx context.Context, w io.Writer, address string, asJSON bool) 
 // writeTable writes a report for a terminal.
 func writeTable(w io.Writer, r *Report) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(t, "fsbus %s for %s, up %s: %s\n", r.Version, r.ServerName, time.Duration(r.UptimeSeconds)*time.Second, r.Health)
-	fmt.Fprintf(t, "%s\n", r.Homeserver.Text)
+	say(t, "fsbus %s for %s, up %s: %s\n", r.Version, r.ServerName, time.Duration(r.UptimeSeconds)*time.Second, r.Health)
+	say(t, "%s\n", r.Homeserver.Text)
 
-	fmt.Fprintf(t, "\nIN USE\tNOW\tMOST\tALLOWED\n")
+	say(t, "\nIN USE\tNOW\tMOST\tALLOWED\n")
 	for _, b := range r.Budgets {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", b.Name, amount(b.Used, b.Unit), amount(b.Max, b.Unit), amount(b.Allowed, b.Unit))
+		say(t, "%s\t%s\t%s\t%s\n", b.Name, amount(b.Used, b.Unit), amount(b.Max, b.Unit), amount(b.Allowed, b.Unit))
 	}
-	fmt.Fprintf(t, "\nCLASS\tREQUESTS\tWAITING\tRUNNING\tOLDEST\tMEAN WAIT\tLONGEST\n")
+	say(t, "\nCLASS\tREQUESTS\tWAITING\tRUNNING\tOLDEST\tMEAN WAIT\tLONGEST\n")
 	for _, q := range r.Queues {
-		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%s\t%s\t%s\n", q.Class, q.Requests, q.Waiting, q.Running, secs(q.OldestSeconds), secs(q.MeanWait), secs(q.MaxWait))
+		say(t, "%s\t%d\t%d\t%d\t%s\t%s\t%s\n", q.Class, q.Requests, q.Waiting, q.Running, secs(q.OldestSeconds), secs(q.MeanWait), secs(q.MaxWait))
 	}
-	fmt.Fprintf(t, "\nDESTINATIONS\tHOSTS\tWORKERS\tMOST\tALLOWED\n")
+	say(t, "\nDESTINATIONS\tHOSTS\tWORKERS\tMOST\tALLOWED\n")
 	for _, k := range r.Hosts.Ranks {
-		fmt.Fprintf(t, "%s\t%d\t%d\t%d\t%d\n", k.Rank, k.Hosts, k.Workers, k.WorkersMax, k.WorkersAllowed)
+		say(t, "%s\t%d\t%d\t%d\t%d\n", k.Rank, k.Hosts, k.Workers, k.WorkersMax, k.WorkersAllowed)
 	}
-	fmt.Fprintf(t, "left alone\t%d\n", r.Hosts.BackingOff)
+	say(t, "left alone\t%d\n", r.Hosts.BackingOff)
 	if len(r.Hosts.Worst) > 0 {
-		fmt.Fprintf(t, "\nWORST OFF\tWAITING\tFAILURES\tNEXT TRY\tWHY\n")
+		say(t, "\nWORST OFF\tWAITING\tFAILURES\tNEXT TRY\tWHY\n")
 		for _, h := range r.Hosts.Worst {
-			fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\n", h.Name, h.Waiting, h.Failures, h.nextTry(), h.LastError)
+			say(t, "%s\t%d\t%d\t%s\t%s\n", h.Name, h.Waiting, h.Failures, h.nextTry(), h.LastError)
 		}
 	}
 	r.Outbox.table(t)
 	r.Edge.table(t)
 	for i := range r.Joins.Joins {
 		j := &r.Joins.Joins[i]
-		fmt.Fprintf(t, "\nJOIN\t%s\t%s\n", j.Room, j.Phase)
+		say(t, "\nJOIN\t%s\t%s\n", j.Room, j.Phase)
 		for _, step := range j.timeline() {
-			fmt.Fprintf(t, "\t%s\n", step)
+			say(t, "\t%s\n", step)
 		}
 	}
-	fmt.Fprintf(t, "\nSERVER KEYS\tSO FAR\n")
+	say(t, "\nSERVER KEYS\tSO FAR\n")
 	for _, c := range r.Keys.counts() {
-		fmt.Fprintf(t, "%s\t%d\n", c.Name, c.Count)
+		say(t, "%s\t%d\n", c.Name, c.Count)
 	}
-	fmt.Fprintf(t, "\nREQUESTS\tSO FAR\n")
+	say(t, "\nREQUESTS\tSO FAR\n")
 	for _, c := range r.Requests.counts() {
-		fmt.Fprintf(t, "%s\t%d\n", c.Name, c.Count)
+		say(t, "%s\t%d\n", c.Name, c.Count)
 	}
-	fmt.Fprintf(t, "\nATTEMPTS\tSO FAR\n")
-	fmt.Fprintf(t, "sent\t%d\nnew connections\t%d\nTLS handshakes\t%d\nof them resumed\t%d\n", r.Remotes.Attempts, r.Remotes.Connects, r.Remotes.Handshakes, r.Remotes.Resumed)
+	say(t, "\nATTEMPTS\tSO FAR\n")
+	say(t, "sent\t%d\nnew connections\t%d\nTLS handshakes\t%d\nof them resumed\t%d\n", r.Remotes.Attempts, r.Remotes.Connects, r.Remotes.Handshakes, r.Remotes.Resumed)
 	for _, list := range [][]CountReport{r.Remotes.Statuses, r.Remotes.Failures} {
 		for _, c := range list {
 			if c.Count > 0 {
-				fmt.Fprintf(t, "%s\t%d\n", c.Name, c.Count)
+				say(t, "%s\t%d\n", c.Name, c.Count)
 			}
 		}
 	}

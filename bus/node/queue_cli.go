@@ -41,7 +41,7 @@ type Terminal struct {
 // Stdio is the process's own terminal.
 func Stdio() Terminal {
 	_, err := unix.IoctlGetTermios(int(os.Stdin.Fd()), getTermios)
-	return Terminal{In: os.Stdin, Out: os.Stdout, Err: os.Stderr, Interactive: err == nil}
+	return Terminal{In: os.Stdin, Out: Clean(os.Stdout), Err: Clean(os.Stderr), Interactive: err == nil}
 }
 
 // maxAnswer is the largest answer that is read; the largest real ones, of 20,000
@@ -94,9 +94,9 @@ func newQueueCommand(ctx context.Context, term Terminal, name, usage, about stri
 	c.flags.SetOutput(term.Err)
 	c.flags.Usage = func() {
 		if !strings.Contains(about, "\nusage: ") {
-			fmt.Fprintf(term.Err, "usage: %s %s\n\n", name, usage)
+			say(term.Err, "usage: %s %s\n\n", name, usage)
 		}
-		fmt.Fprintf(term.Err, "%s\n\n", strings.TrimSuffix(about, "\n"))
+		say(term.Err, "%s\n\n", fixed(strings.TrimSuffix(about, "\n")))
 		c.flags.PrintDefaults()
 	}
 	c.config = c.flags.String("config", DefaultPath, "the configuration `file`, to find the running fsbus")
@@ -121,7 +121,7 @@ func Queue(ctx context.Context, term Terminal, args []string) error {
 	}
 	command, ok := queueCommands[sub]
 	if !ok || name == "fsbus queue " {
-		fmt.Fprintf(term.Err, "fsbus: unknown command %q\n\n%s", name, queueAbout)
+		say(term.Err, "fsbus: unknown command %q\n\n%s", name, fixed(queueAbout))
 		return ErrUsage
 	}
 	return command.run(newQueueCommand(ctx, term, name, command.usage, command.about), args)
@@ -160,7 +160,7 @@ func (c *queueCommand) parse(args []string) (rest []string, err error) {
 
 // misused says what is wrong with the command line.
 func (c *queueCommand) misused(format string, args ...any) error {
-	fmt.Fprintf(c.term.Err, "%s: %s\n\n", c.flags.Name(), fmt.Sprintf(format, args...))
+	say(c.term.Err, "%s: %s\n\n", c.flags.Name(), fmt.Sprintf(format, args...))
 	c.flags.Usage()
 	return ErrUsage
 }
@@ -265,13 +265,13 @@ func (c *queueCommand) flush(args []string) error {
 	}
 	switch {
 	case *all && f.Held > 0:
-		fmt.Fprintf(c.term.Out, "%s tried as soon as there is a worker, %d held and not tried\n", areIs(f.Destinations, "destination"), f.Held)
+		say(c.term.Out, "%s tried as soon as there is a worker, %d held and not tried\n", areIs(f.Destinations, "destination"), f.Held)
 	case *all:
-		fmt.Fprintf(c.term.Out, "%s tried as soon as there is a worker\n", areIs(f.Destinations, "destination"))
+		say(c.term.Out, "%s tried as soon as there is a worker\n", areIs(f.Destinations, "destination"))
 	case f.Destinations == 0:
-		fmt.Fprintf(c.term.Out, "nothing waits for %s\n", rest[0])
+		say(c.term.Out, "nothing waits for %s\n", rest[0])
 	default:
-		fmt.Fprintf(c.term.Out, "%s is tried as soon as there is a worker\n", rest[0])
+		say(c.term.Out, "%s is tried as soon as there is a worker\n", rest[0])
 	}
 	return nil
 }
@@ -293,7 +293,7 @@ func (c *queueCommand) hold(args []string) error {
 	if !h.Changed {
 		again = " already"
 	}
-	_, err = fmt.Fprintf(c.term.Out, "%s is held%s, with %s\n", h.Destination, again, count(h.Items, "item"))
+	_, err = say(c.term.Out, "%s is held%s, with %s\n", h.Destination, again, count(h.Items, "item"))
 	return err
 }
 
@@ -303,10 +303,10 @@ func (c *queueCommand) release(args []string) error {
 		return err
 	}
 	if !h.Changed {
-		_, err = fmt.Fprintf(c.term.Out, "%s was not held\n", h.Destination)
+		_, err = say(c.term.Out, "%s was not held\n", h.Destination)
 		return err
 	}
-	_, err = fmt.Fprintf(c.term.Out, "%s is released, with %s\n", h.Destination, count(h.Items, "item"))
+	_, err = say(c.term.Out, "%s is released, with %s\n", h.Destination, count(h.Items, "item"))
 	return err
 }
 
@@ -341,18 +341,18 @@ func (c *queueCommand) drop(args []string) error {
 		return err
 	}
 	if p.Items == 0 {
-		_, err := fmt.Fprintf(c.term.Out, "%s: there is nothing to drop\n", p.Destination)
+		_, err := say(c.term.Out, "%s: there is nothing to drop\n", p.Destination)
 		return err
 	}
-	fmt.Fprintf(c.term.Out, "%s: what would be dropped, and not delivered:\n\n", p.Destination)
+	say(c.term.Out, "%s: what would be dropped, and not delivered:\n\n", p.Destination)
 	t := tabwriter.NewWriter(c.term.Out, 0, 0, 2, ' ', 0)
 	writeKinds(t, p.Kinds)
-	fmt.Fprintf(t, "all\t%d\t%s\n\n", p.Items, amount(p.Bytes, "bytes"))
+	say(t, "all\t%d\t%s\n\n", p.Items, amount(p.Bytes, "bytes"))
 	if err := t.Flush(); err != nil {
 		return err
 	}
 	if !*yes {
-		fmt.Fprint(c.term.Out, "drop them? [y/N] ")
+		say(c.term.Out, "drop them? [y/N] ")
 		line, err := bufio.NewReader(io.LimitReader(c.term.In, 100)).ReadString('\n')
 		if err != nil && err != io.EOF {
 			return err
@@ -367,14 +367,14 @@ func (c *queueCommand) drop(args []string) error {
 		return err
 	}
 	if r.File == "" {
-		_, err := fmt.Fprintln(c.term.Out, "nothing was left to drop")
+		_, err := say(c.term.Out, "nothing was left to drop\n")
 		return err
 	}
-	fmt.Fprintf(c.term.Out, "dropped: %s, %s\n", count(r.Items, "item"), amount(r.Bytes, "bytes"))
+	say(c.term.Out, "dropped: %s, %s\n", count(r.Items, "item"), amount(r.Bytes, "bytes"))
 	if more := r.Written - r.Items; more > 0 {
-		fmt.Fprintf(c.term.Out, "%s of the copy went on its way meanwhile, or was replaced\n", count(more, "item"))
+		say(c.term.Out, "%s of the copy went on its way meanwhile, or was replaced\n", count(more, "item"))
 	}
-	_, err = fmt.Fprintf(c.term.Out, "a copy is in %s\n", r.File)
+	_, err = say(c.term.Out, "a copy is in %s\n", r.File)
 	return err
 }
 
@@ -399,9 +399,9 @@ func (c *queueCommand) aside(args []string) error {
 		if err := c.post("/queue/retry", q, &r); err != nil {
 			return err
 		}
-		_, err := fmt.Fprintf(c.term.Out, "tried again: %s, %s\n", count(r.Items, "item"), amount(r.Bytes, "bytes"))
+		_, err := say(c.term.Out, "tried again: %s, %s\n", count(r.Items, "item"), amount(r.Bytes, "bytes"))
 		if err == nil && r.Left > 0 {
-			_, err = fmt.Fprintf(c.term.Out, "left aside: %s, as a newer one has gone instead, or it cannot be sent\n", count(r.Left, "item"))
+			_, err = say(c.term.Out, "left aside: %s, as a newer one has gone instead, or it cannot be sent\n", count(r.Left, "item"))
 		}
 		return err
 	case *through < 0:
@@ -411,7 +411,7 @@ func (c *queueCommand) aside(args []string) error {
 		if err := c.post("/queue/forget", url.Values{"through": {strconv.FormatInt(*through, 10)}}, &f); err != nil {
 			return err
 		}
-		_, err := fmt.Fprintf(c.term.Out, "forgotten: %s, %s\n", count(f.Items, "item"), amount(f.Bytes, "bytes"))
+		_, err := say(c.term.Out, "forgotten: %s, %s\n", count(f.Items, "item"), amount(f.Bytes, "bytes"))
 		return err
 	}
 	var l asideList
@@ -419,7 +419,7 @@ func (c *queueCommand) aside(args []string) error {
 		return err
 	}
 	if len(l.Aside) == 0 {
-		_, err := fmt.Fprintln(c.term.Out, "nothing is set aside")
+		_, err := say(c.term.Out, "nothing is set aside\n")
 		return err
 	}
 	t := tabwriter.NewWriter(c.term.Out, 0, 0, 2, ' ', 0)
@@ -492,12 +492,12 @@ func (c *queueCommand) socket() (string, error) {
 	if *c.address == "" {
 		cfg, err := LoadAddresses(*c.config)
 		if err != nil {
-			fmt.Fprintln(c.term.Err, err)
+			say(c.term.Err, "%s\n", fixed(err.Error())) // of a line for each mistake, which are clean
 			return "", ErrUsage
 		}
 		path := cfg.adminSocket()
 		if path == "" {
-			fmt.Fprintf(c.term.Err, "fsbus: %s has status.admin = \"\", so nobody can be asked\n", *c.config)
+			say(c.term.Err, "fsbus: %s has status.admin = \"\", so nobody can be asked\n", *c.config)
 			return "", ErrUsage
 		}
 		return path, nil

@@ -6,7 +6,6 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
 )
 
 // writeQueueList writes the queue in the manner of Postfix's qshape: how many
@@ -14,21 +13,20 @@ import (
 func writeQueueList(w io.Writer, l *queueList) error {
 	t := tabwriter.NewWriter(w, 0, 0, 1, ' ', tabwriter.AlignRight)
 	row := func(name string, items int64, ages []int64, bytes int64, state string) {
-		fmt.Fprintf(t, "%s\t%d\t", name, items)
+		say(t, "%s\t%d\t", name, items)
 		for i := range len(l.AgeBounds) + 1 {
 			if i < len(ages) {
-				fmt.Fprintf(t, "%d\t", ages[i])
+				say(t, "%d\t", ages[i])
 			} else {
-				fmt.Fprint(t, "-\t")
+				say(t, "-\t")
 			}
 		}
-		line := amount(bytes, "bytes") + "\t"
 		if state != "" {
-			line += "  " + state
+			state = "  " + state
 		}
-		fmt.Fprintln(t, line)
+		say(t, "%s\t%s\n", amount(bytes, "bytes"), state)
 	}
-	fmt.Fprintf(t, "DESTINATION\tTOTAL\t%s\tBYTES\t  STATE\n", strings.Join(ageHeads(l.AgeBounds), "\t"))
+	say(t, "DESTINATION\tTOTAL\t%s\tBYTES\t  STATE\n", fixed(strings.Join(ageHeads(l.AgeBounds), "\t")))
 	row("TOTAL", l.Total.Items, l.Total.Ages, l.Total.Bytes, count(l.Total.Destinations, "destination"))
 	for i := range l.Destinations {
 		d := &l.Destinations[i]
@@ -41,7 +39,7 @@ func writeQueueList(w io.Writer, l *queueList) error {
 		return err
 	}
 	if l.AgesMissing != "" {
-		_, err := fmt.Fprintf(w, "The ages are not known: %s.\n", printable(l.AgesMissing))
+		_, err := say(w, "The ages are not known: %s.\n", l.AgesMissing)
 		return err
 	}
 	return nil
@@ -69,9 +67,9 @@ func (r *queueRow) stateText() string {
 // writeShow writes all about a destination.
 func writeShow(w io.Writer, s *queueShow) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(t, "%s: %s\n", printable(s.Destination), s.State)
+	say(t, "%s: %s\n", s.Destination, s.State)
 	line := func(name, format string, args ...any) {
-		fmt.Fprintf(t, "  %s\t%s\n", name, fmt.Sprintf(format, args...))
+		say(t, "  %s\t%s\n", name, fmt.Sprintf(format, args...))
 	}
 	if s.Items > 0 {
 		line("pending", "%s, %s, the oldest for %s", count(s.Items, "item"), amount(s.Bytes, "bytes"), span(s.OldestSeconds))
@@ -92,26 +90,26 @@ func writeShow(w io.Writer, s *queueShow) error {
 	}
 	line("answer", "%s", s.Answer.text())
 	if s.Items > 0 {
-		fmt.Fprintf(t, "\nMINUTES\t%s\n", strings.Join(ageHeads(s.AgeBounds), "\t"))
-		fmt.Fprint(t, "items")
+		say(t, "\nMINUTES\t%s\n", fixed(strings.Join(ageHeads(s.AgeBounds), "\t")))
+		say(t, "items")
 		for _, n := range s.Ages {
-			fmt.Fprintf(t, "\t%d", n)
+			say(t, "\t%d", n)
 		}
-		fmt.Fprint(t, "\n\n")
+		say(t, "\n\n")
 		writeKinds(t, s.Kinds)
 	}
 	if len(s.List) > 0 {
-		fmt.Fprint(t, "\nID\tKIND\tSIZE\tAGE\tEXPIRES\n")
+		say(t, "\nID\tKIND\tSIZE\tAGE\tEXPIRES\n")
 		for i := range s.List {
 			it := &s.List[i]
-			fmt.Fprintf(t, "%d\t%s\t%s\t%s\t%s\n", it.ID, it.Kind, amount(it.Bytes, "bytes"), span(it.AgeSeconds), it.expires())
+			say(t, "%d\t%s\t%s\t%s\t%s\n", it.ID, it.Kind, amount(it.Bytes, "bytes"), span(it.AgeSeconds), it.expires())
 		}
 		if more := s.Items - int64(len(s.List)); more > 0 {
-			fmt.Fprintf(t, "%d more are shown with -all\n", more)
+			say(t, "%d more are shown with -all\n", more)
 		}
 	}
 	if len(s.Aside) > 0 {
-		fmt.Fprint(t, "\nSet aside, and not sent any more:\n\n")
+		say(t, "\nSet aside, and not sent any more:\n\n")
 		writeAside(t, s.Aside, false)
 	}
 	return t.Flush()
@@ -163,33 +161,33 @@ func (it *itemReport) expires() string {
 }
 
 func writeKinds(t io.Writer, kinds []kindReport) {
-	fmt.Fprint(t, "KIND\tITEMS\tSIZE\n")
+	say(t, "KIND\tITEMS\tSIZE\n")
 	for _, k := range kinds {
-		fmt.Fprintf(t, "%s\t%d\t%s\n", k.Kind, k.Items, amount(k.Bytes, "bytes"))
+		say(t, "%s\t%d\t%s\n", k.Kind, k.Items, amount(k.Bytes, "bytes"))
 	}
 }
 
 // writeAside writes what was set aside as a table, with the destinations if they
 // are not all the same.
 func writeAside(t io.Writer, list []asideReport, destinations bool) {
-	name := func(s string) string {
+	name := func(s string) fixed {
 		if !destinations {
 			return ""
 		}
-		return printable(s) + "\t"
+		return fixed(printable(s) + "\t")
 	}
-	fmt.Fprintf(t, "ID\t%sKIND\tSIZE\tAGE\tASIDE FOR\tREASON\n", name("DESTINATION"))
+	say(t, "ID\t%sKIND\tSIZE\tAGE\tASIDE FOR\tREASON\n", name("DESTINATION"))
 	for i := range list {
 		a := &list[i]
-		fmt.Fprintf(t, "%d\t%s%s\t%s\t%s\t%s\t%s\n", a.ID, name(a.Destination), a.Kind, amount(a.Bytes, "bytes"), span(a.AgeSeconds), span(a.AsideFor), printable(a.Reason))
+		say(t, "%d\t%s%s\t%s\t%s\t%s\t%s\n", a.ID, name(a.Destination), a.Kind, amount(a.Bytes, "bytes"), span(a.AgeSeconds), span(a.AsideFor), a.Reason)
 	}
 }
 
 // writeExplain says in words how a destination is doing, as of the moment now.
 func writeExplain(w io.Writer, s *showHead, now time.Time) error {
 	var b strings.Builder
-	say := func(format string, args ...any) { fmt.Fprintf(&b, format, args...) }
-	say("%s\n\n", printable(s.Destination))
+	say := func(format string, args ...any) { say(&b, format, args...) }
+	say("%s\n\n", s.Destination)
 
 	say("The server: ")
 	switch h := s.Host; {
@@ -240,10 +238,10 @@ func writeExplain(w io.Writer, s *showHead, now time.Time) error {
 		say(" The next try is in %s.", span(s.NextTryIn))
 	}
 	if s.Held {
-		say(" \"fsbus queue release %s\" lets it go on.", printable(s.Destination))
+		say(" \"fsbus queue release %s\" lets it go on.", s.Destination)
 	}
 	if n := int64(len(s.Aside)); n > 0 {
-		say(" Set aside and not sent any more: %s; \"fsbus queue show %s\" has the reasons.", count(n, "item"), printable(s.Destination))
+		say(" Set aside and not sent any more: %s; \"fsbus queue show %s\" has the reasons.", count(n, "item"), s.Destination)
 	}
 
 	say("\n\nThe answers to the homeserver: %s.\n", s.Answer.text())
@@ -285,15 +283,4 @@ func count(n int64, noun string) string {
 		noun += "s"
 	}
 	return fmt.Sprintf("%d %s", n, noun)
-}
-
-// printable takes out of a text what could play tricks on a terminal: parts of it
-// are what other servers said.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return ' '
-		}
-		return r
-	}, s)
 }
