@@ -4,6 +4,8 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 func TestBlocklist(t *testing.T) {
@@ -33,6 +35,10 @@ func TestBlocklist(t *testing.T) {
 		// The lists' own entries; the allow-list wins.
 		{"203.0.112.9", false}, {"203.0.112.8", true}, {"2a00:1::5", false},
 		{"10.1.2.3", true}, {"10.2.0.0", false}, {"192.168.7.7", true}, {"192.168.7.8", false}, {"fe80::1", true},
+		// What is reserved, and leads to somewhere private.
+		{"240.0.0.1", false}, {"255.255.255.255", false}, {"100::1", false}, {"2001:0:4136:e378:8000:63bf:3fff:fdd2", false},
+		{"2001:1ff::1", false}, {"2001:200::1", true}, {"3fff:0fff::1", false}, {"5f00::1", false},
+		{"::ffff:0:10.9.0.1", false}, {"::ffff:0:8.8.8.8", true},
 		// Zones do not help.
 		{"fe80::2%eth0", false}, {"fe80::1%eth0", true},
 		// This host.
@@ -53,6 +59,41 @@ func TestBlocklist(t *testing.T) {
 	if b.Allowed(netip.Addr{}) {
 		t.Error("the invalid address is allowed")
 	}
+}
+
+// The addresses of this host are not dialled, unless they are allowed, and are looked up
+// again after a while.
+func TestBlocklistOwnAddresses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b, err := NewBlocklist(nil, []string{"9.9.9.3"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		own, asked := []string{"9.9.9.1", "2a00::1", "9.9.9.3"}, 0
+		b.Own = func() (list []netip.Addr) {
+			asked++
+			for _, s := range own {
+				list = append(list, netip.MustParseAddr(s))
+			}
+			return list
+		}
+		for addr, want := range map[string]bool{"9.9.9.1": false, "::ffff:9.9.9.1": false, "64:ff9b::9.9.9.1": false, "2a00::1": false, "9.9.9.2": true, "9.9.9.3": true} {
+			if got := b.Allowed(netip.MustParseAddr(addr)); got != want {
+				t.Errorf("%s: %v", addr, got)
+			}
+		}
+		own = []string{"9.9.9.2"}
+		time.Sleep(ownFor)
+		if b.Allowed(netip.MustParseAddr("9.9.9.2")) || !b.Allowed(netip.MustParseAddr("9.9.9.1")) || asked != 2 {
+			t.Errorf("an address that has changed is not seen, asked %d times", asked)
+		}
+	})
+	for _, a := range HostAddresses() {
+		if a.IsLoopback() {
+			return
+		}
+	}
+	t.Error("this host has no loopback address")
 }
 
 func TestBlocklistWithoutEntries(t *testing.T) {

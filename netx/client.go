@@ -357,9 +357,9 @@ func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, 
 		req.Body = body
 	}
 	resp, err := conn.RoundTrip(req)
-	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
+	if err == nil && resp.StatusCode < http.StatusOK { // nobody asked for 101, and 099 is none
 		_ = resp.Body.Close()
-		err = errUpgrade
+		err = errNotFinal
 	}
 	if err != nil {
 		cancel(nil)

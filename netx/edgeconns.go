@@ -52,6 +52,7 @@ type edgeConns struct {
 	mu     sync.Mutex
 	change sync.Cond                    // a connection left or changed its class, or a listener was closed; L is &mu
 	all    map[*edgeConn]struct{}       // max at most
+	last   int64                        // edgeConn.serial of the last one
 	wanted int                          // new connections that wait for a place
 	by     shares                       // connections of each client but trusted proxies
 	wasted map[netip.Addr]*rate.Limiter // of clients that have wasted some; maxWasters at most
@@ -89,6 +90,7 @@ type edgeConn struct {
 	peer    netip.Addr // zero on a unix socket
 	trusted bool       // the peer is a proxy whose X-Forwarded-For is believed
 	key     netip.Addr // its client; zero if it is trusted, which has no share
+	serial  int64      // counts up with each
 	moved   atomic.Int64
 
 	// Guarded by conns.mu.
@@ -220,6 +222,8 @@ func (s *edgeConns) admit(l *edgeListener, raw net.Conn) *edgeConn {
 		reset(raw)
 		return nil
 	}
+	s.last++
+	c.serial = s.last
 	s.all[c] = struct{}{}
 	if !c.trusted {
 		s.by.add(c.key, 1)
@@ -267,7 +271,7 @@ func (s *edgeConns) roomLocked(l *edgeListener, key netip.Addr) bool {
 // It looks at all: max at most.
 func (s *edgeConns) victimLocked(key netip.Addr, own bool, now time.Time) (victim *edgeConn, next time.Duration) {
 	weight, quarter := s.by.weight(key), max(1, s.max/4)
-	var best [3]int64 // what victim is chosen by: the least
+	var best [4]int64 // what victim is chosen by: the least
 	for c := range s.all {
 		mine := key.IsValid() && c.key == key
 		if own && !mine {
@@ -289,7 +293,7 @@ func (s *edgeConns) victimLocked(key netip.Addr, own bool, now time.Time) (victi
 			}
 			continue
 		}
-		rank := [3]int64{1, int64(-n), c.since.UnixNano()}
+		rank := [4]int64{1, int64(-n), c.since.UnixNano(), c.serial}
 		if free {
 			rank[0] = 0
 		} else if c.class == classWaiting {
@@ -302,7 +306,7 @@ func (s *edgeConns) victimLocked(key netip.Addr, own bool, now time.Time) (victi
 	return victim, next
 }
 
-func cmpRank(a, b [3]int64) int {
+func cmpRank(a, b [4]int64) int {
 	for i := range a {
 		if c := cmp.Compare(a[i], b[i]); c != 0 {
 			return c

@@ -61,7 +61,7 @@ var (
 	errNoAddress = errors.New("the name has no address")
 	errNoService = errors.New("the SRV record says that there is no service")
 	errStalled   = errors.New("the answer stalled")
-	errUpgrade   = errors.New("answered with a change of protocol nobody asked for")
+	errNotFinal  = errors.New("answered with a status below 200 and no other")
 	errOwnLimit  = errors.New("our own limit was not free in time")
 	errClock     = errors.New("this machine's clock seems to be wrong, so that no certificate can be checked")
 )
@@ -79,7 +79,7 @@ var own = []struct {
 	{errNoAddress, matrix.FailNoName},
 	{errNoService, matrix.FailNoName},
 	{errStalled, matrix.FailCut},
-	{errUpgrade, matrix.FailProtocol},
+	{errNotFinal, matrix.FailProtocol},
 }
 
 // errnos are the failures of what the kernel reports.

@@ -139,7 +139,7 @@ func TestFailureOf(t *testing.T) {
 		{"no address", wrap(errNoAddress), matrix.FailNoName},
 		{"no service", wrap(errNoService), matrix.FailNoName},
 		{"stalled", wrap(errStalled), matrix.FailCut},
-		{"upgrade", errUpgrade, matrix.FailProtocol},
+		{"not final", errNotFinal, matrix.FailProtocol},
 		{"own limit", wrap(errOwnLimit), matrix.FailLocal},
 		{"own clock", blameClock(notYet(time.Unix(2e9, 0)), time.Unix(1e9, 0), time.Unix(2e9, 0)), matrix.FailLocal},
 	} {

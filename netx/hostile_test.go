@@ -86,6 +86,7 @@ func TestHostileRemotes(t *testing.T) {
 		{"sends endless headers", false, endless(okHead, "X: "+strings.Repeat("x", 500)+"\r\n"), matrix.FailTooLarge, OpRequest},
 		{"sends an endless line", false, endless(okHead+"X: ", strings.Repeat("x", 500)), matrix.FailTooLarge, OpRequest},
 		{"continues for ever", false, endless("", "HTTP/1.1 100 Continue\r\n\r\n"), matrix.FailTooLarge, OpRequest},
+		{"a status below 100", false, say("HTTP/1.1 099 Odd\r\nContent-Length: 2\r\n\r\n{}"), matrix.FailProtocol, OpRequest},
 		{"changes the protocol", false, say("HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"), matrix.FailProtocol, OpRequest},
 		{"sends garbage in TLS", false, func(c *tls.Conn, r *bufio.Reader) {
 			head(r)

@@ -2,6 +2,7 @@ package edge
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"fsbus/bus/matrix"
@@ -16,7 +17,7 @@ type ACL struct {
 	literals    bool
 }
 
-// patterns are names, and those with wildcards apart from them.
+// patterns are names and addresses, and those with wildcards apart from them.
 type patterns struct {
 	exact map[string]bool
 	globs []string
@@ -31,13 +32,22 @@ func NewACL(c *Config) *ACL {
 func newPatterns(list []string) patterns {
 	p := patterns{exact: make(map[string]bool)}
 	for _, s := range list {
-		if s = strings.ToLower(s); strings.ContainsAny(s, "*?") {
+		if s = strings.TrimSuffix(strings.ToLower(s), "."); strings.ContainsAny(s, "*?") {
 			p.globs = append(p.globs, s)
 		} else {
-			p.exact[s] = true
+			p.exact[canonical(s)] = true
 		}
 	}
 	return p
+}
+
+// canonical returns the one way in which an address is written, and a name as it is.
+func canonical(s string) string {
+	a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(s, "["), "]"))
+	if err != nil {
+		return s
+	}
+	return a.Unmap().String()
 }
 
 func checkPatterns(key string, list []string) error {
@@ -61,6 +71,9 @@ func checkPatterns(key string, list []string) error {
 // endsInPort reports whether a pattern has a colon and digits at its end. An IPv6
 // literal ends in a bracket.
 func endsInPort(s string) bool {
+	if _, err := netip.ParseAddr(s); err == nil {
+		return false
+	}
 	digits := s[strings.LastIndexByte(s, ':')+1:]
 	return len(digits) < len(s) && digits != "" && strings.Trim(digits, "0123456789") == ""
 }
@@ -73,10 +86,11 @@ func (a *ACL) Allows(n matrix.ServerName) bool {
 			return false
 		}
 	}
-	host := strings.ToLower(string(n)) // an IPv6 literal keeps its brackets
+	host := strings.ToLower(string(n)) // an IPv6 literal keeps its brackets, for patterns with *
 	if _, port, has := n.Split(); has && port > 0 {
 		host = host[:strings.LastIndexByte(host, ':')]
 	}
+	host = strings.TrimSuffix(host, ".")
 	if a.deny.match(host) {
 		return false
 	}
@@ -84,7 +98,7 @@ func (a *ACL) Allows(n matrix.ServerName) bool {
 }
 
 func (p *patterns) match(s string) bool {
-	if p.exact[s] {
+	if p.exact[canonical(s)] {
 		return true
 	}
 	for _, g := range p.globs {

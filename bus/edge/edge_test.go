@@ -1512,7 +1512,7 @@ func TestConfigIsChecked(t *testing.T) {
 		"deny":               func(c *Config) { c.Deny = []string{""} },
 		"deny ":              func(c *Config) { c.Deny = []string{"a.test", "*.test:8448"} },
 		"deny  ":             func(c *Config) { c.Deny = []string{"[::1]:1"} },
-		"allow ":             func(c *Config) { c.Allow = []string{"2001:db8::1"} },
+		"allow ":             func(c *Config) { c.Allow = []string{"a.test:1"} },
 		"allow":              func(c *Config) { c.Allow = make([]string, maxPatterns+1) },
 	} {
 		c := Default()
@@ -1567,6 +1567,12 @@ func TestACL(t *testing.T) {
 		{[]string{"*a*b*c"}, nil, false, "xaxbxbxc", false},
 		{[]string{"*a*b*c"}, nil, false, "xaxcxb", true},
 		{[]string{"*"}, nil, false, "x", false},
+		{[]string{"2001:DB8:0::1"}, nil, true, "[2001:db8::0:1]:8448", false},
+		{[]string{"[2001:db8::1]"}, nil, true, "[2001:DB8:0:0::1]", false},
+		{[]string{"192.0.2.1"}, nil, true, "[::ffff:192.0.2.1]", false},
+		{[]string{"192.0.2.1"}, nil, true, "192.0.2.2", true},
+		{nil, []string{"2001:db8::1"}, true, "[2001:db8::1]", true},
+		{[]string{"Evil.test."}, nil, false, "evil.TEST", false},
 	} {
 		c := Default()
 		c.Deny, c.Allow, c.AllowIPLiterals = tt.deny, tt.allow, tt.literals

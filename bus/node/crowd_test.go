@@ -18,10 +18,11 @@ func TestTheStatusHasFewConnections(t *testing.T) {
 	}
 	const most = 4
 	ln := newCrowdListener(inner, most)
-	release := make(chan struct{})
+	release, started := make(chan struct{}), make(chan struct{})
 	s := &http.Server{ConnState: crowdState, ConnContext: crowdContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		answering(r)
 		if r.URL.Path == "/slow" {
+			started <- struct{}{}
 			<-release
 		}
 		io.WriteString(w, "fine")
@@ -49,7 +50,12 @@ func TestTheStatusHasFewConnections(t *testing.T) {
 			t.Error(string(b), err)
 		}
 	}
-	slow := get("/slow")
+	getSlow := func() net.Conn {
+		c := get("/slow")
+		<-started
+		return c
+	}
+	slow := getSlow()
 	for i := range 10 * most {
 		dial([]string{"", "GET /x", "GET /x HTTP/1.1\r\nHost: h\r\n\r\n"}[i%3])
 		if i%most == 0 {
@@ -63,7 +69,7 @@ func TestTheStatusHasFewConnections(t *testing.T) {
 	}
 	var busy []net.Conn
 	for range most - 1 {
-		busy = append(busy, get("/slow"))
+		busy = append(busy, getSlow())
 	}
 	waits := get("/") // until one of them is through
 	close(release)

@@ -351,6 +351,9 @@ func newClient(cfg *Config, userAgent string) (*netx.Client, error) {
 		}
 	}
 	block, err := netx.NewBlocklist(f.IPRangeBlocklist, f.IPRangeAllowlist)
+	if err == nil && len(f.IPRangeBlocklist) > 0 { // else next to nothing is blocked
+		block.Own = netx.HostAddresses
+	}
 	if err != nil {
 		return nil, fmt.Errorf("federation: %w", err)
 	}
