@@ -57,7 +57,10 @@ type ClientConfig struct {
 	// MaxHeaderBytes bounds an answer's header. Default 64 KiB.
 	MaxHeaderBytes int64
 
-	// SessionCache is how many TLS sessions are remembered, at about 1 KB each.
+	// SessionBytes is how many bytes the TLS sessions take that are remembered, at about
+	// 5 KiB each. 0 means 1 MiB.
+	SessionBytes int64
+	// SessionCache is how many those are at most.
 	// A resumption costs a fifth to two thirds of a full handshake. Default 1000.
 	SessionCache int
 	// WellKnownCache is how many hosts' well-known outcomes are remembered, at
@@ -141,6 +144,7 @@ func NewClient(c ClientConfig) *Client {
 	setDefault(&c.HandshakeTimeout, 10*time.Second)
 	setDefault(&c.BodyTimeout, 60*time.Second)
 	setDefault(&c.SessionCache, 1000)
+	setDefault(&c.SessionBytes, 1<<20)
 	setDefault(&c.WellKnownCache, 4096)
 
 	if c.Proxy != nil && c.Proxy.names {

@@ -160,8 +160,7 @@ func isLiteral(host string) bool {
 // to resume. Sessions are kept under Config.ServerName. If a release of Go does
 // that in another way, all handshakes count as full ones.
 func (d *dialer) cost(tlsName string) int {
-	// The cache may hold a nil, which is a session thrown away.
-	if session, _ := d.tls.ClientSessionCache.Get(tlsName); session != nil {
+	if c, ok := d.tls.ClientSessionCache.(*sessionCache); ok && c.has(tlsName) {
 		return resumedCost
 	}
 	return fullCost

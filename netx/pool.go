@@ -306,8 +306,9 @@ func (p *pool) idleCount() int {
 // newTLSConfig returns what all TLS connections have in common.
 func newTLSConfig(c *ClientConfig) *tls.Config {
 	return &tls.Config{
-		MinVersion:         tls.VersionTLS12,
-		RootCAs:            c.CAs,
-		ClientSessionCache: tls.NewLRUClientSessionCache(c.SessionCache),
+		MinVersion:            tls.VersionTLS12,
+		RootCAs:               c.CAs,
+		ClientSessionCache:    newSessionCache(c.SessionCache, c.SessionBytes),
+		VerifyPeerCertificate: checkChain,
 	}
 }

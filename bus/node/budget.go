@@ -47,10 +47,9 @@ const (
 	// queueCost is a server for which something is pending: what the core knows
 	// of it, its timer, its name, its place in the map.
 	queueCost = 400 * sched.Bytes(1)
-	// sessionCost is a TLS session that may be resumed (0.6 KiB measured), and
-	// there are as many as netx.ClientConfig.SessionCache.
-	sessionCost = sched.KiB
-	sessions    = 1000
+	// sessionBytes is netx.ClientConfig.SessionBytes, which at 5 KiB are 200 TLS sessions
+	// that may be resumed.
+	sessionBytes = 1000 * sched.KiB
 	// answerCost is an answer in the database of which the core knows.
 	answerCost = 64 * sched.Bytes(1)
 	// keyWantCost is a key that is being asked for, and maxKeyWants how many may
@@ -147,7 +146,7 @@ func (c *Config) Budget() Budget {
 	add("idle connections", "outbound.idle_connections", o.IdleConnections, idleCost)
 	add("servers remembered", "outbound.max_hosts", o.MaxHosts, hostCost)
 	add("names and addresses", "", 1, resolverCost)
-	add("TLS sessions", "", sessions, sessionCost)
+	add("TLS sessions", "", 1, sessionBytes)
 	add("bodies on their way", "outbound.spool_memory", 1, o.SpoolMemory)
 	add("answers kept", "outbound.cache", 1, o.Cache)
 	add("answers known", "outbound.cache_entries", o.CacheEntries, answerCost)

@@ -28,7 +28,7 @@ func TestBudgetTable(t *testing.T) {
   idle connections               56  40.0 KiB   2.2 MiB   outbound.idle_connections
   servers remembered           5600     768 B   4.1 MiB   outbound.max_hosts
   names and addresses             1   3.9 MiB   3.9 MiB
-  TLS sessions                 1000   1.0 KiB   1.0 MiB
+  TLS sessions                    1 1000.0 KiB   1.0 MiB
   bodies on their way             1   2.0 MiB   2.0 MiB   outbound.spool_memory
   answers kept                    1 256.0 KiB   0.2 MiB   outbound.cache
   answers known               10000      64 B   0.6 MiB   outbound.cache_entries

@@ -369,7 +369,7 @@ func newClient(cfg *Config, userAgent string) (*netx.Client, error) {
 		CAs: roots, Blocklist: block, Static: static, Proxy: f.proxy, UserAgent: userAgent,
 		ConnectTimeout: time.Duration(o.ConnectTimeout), HandshakeTimeout: time.Duration(o.TLSTimeout), BodyTimeout: time.Duration(o.BodyTimeout),
 		HandshakesPerSecond: o.HandshakesPerSecond, MaxDNS: o.DNSQueries,
-		MaxIdle: idle, MaxIdlePerHost: max(o.HostConcurrency, cfg.Keys.NotaryParallel), IdleTimeout: time.Duration(o.IdleTimeout), SessionCache: sessions, WellKnownCache: wellKnown,
+		MaxIdle: idle, MaxIdlePerHost: max(o.HostConcurrency, cfg.Keys.NotaryParallel), IdleTimeout: time.Duration(o.IdleTimeout), SessionBytes: int64(sessionBytes), WellKnownCache: wellKnown,
 	}), nil
 }
 
