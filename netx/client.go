@@ -335,18 +335,18 @@ func (c *Client) connect(ctx context.Context, route *Route, key poolKey) (*poolC
 	if c.http1.has(key) {
 		alpn = alpnHTTP1
 	}
-	cc, http2, err := c.connector.openProtocol(ctx, route, alpn)
+	q, err := c.connector.openProtocol(ctx, route, alpn)
 	if err != nil {
 		return nil, err
 	}
-	if err := cc.Reserve(); err != nil {
+	if err := q.cc.Reserve(); err != nil {
 		// Closed already: the way in which TLS 1.3 refuses a client.
-		_ = cc.Close()
+		_ = q.cc.Close()
 		e := requestError(ctx, err, false)
 		e.Unsent = true
 		return nil, e
 	}
-	return c.pool.add(cc, key, http2), nil
+	return c.pool.add(q.cc, key, q.http2, q.wire), nil
 }
 
 // send sends req on conn, which has a place reserved for it. again reports
@@ -360,6 +360,7 @@ func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, 
 	if req.ContentLength != 0 {
 		req.Body = body
 	}
+	conn.wire.request()
 	resp, err := conn.RoundTrip(req)
 	if err == nil && resp.StatusCode < http.StatusOK { // nobody asked for 101, and 099 is none
 		_ = resp.Body.Close()
@@ -379,7 +380,7 @@ func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, 
 		again = !answered.Load() && ctx.Err() == nil && e.Failure != matrix.FailLocal
 		return nil, again, e
 	}
-	resp.Body = newAnswerBody(ctx, sendCtx, cancel, resp.Body, x.bodyTimeout, func(err error) {
+	resp.Body = newAnswerBody(ctx, sendCtx, cancel, conn.wire.measured(resp.Body), x.bodyTimeout, func(err error) {
 		_ = body.Close()
 		x.pool.put(conn, err == nil)
 	})

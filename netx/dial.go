@@ -424,8 +424,17 @@ func (d *dialer) counted(conn net.Conn) net.Conn {
 
 type countedConn struct {
 	net.Conn
-	once sync.Once
-	open *atomic.Int64
+	once  sync.Once
+	open  *atomic.Int64
+	meter meter
+}
+
+func (c *countedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if flood := c.meter.saw(n); flood != nil {
+		return 0, flood
+	}
+	return n, err
 }
 
 func (c *countedConn) Close() error {

@@ -80,6 +80,8 @@ var own = []struct {
 	{errNoService, matrix.FailNoName},
 	{errStalled, matrix.FailCut},
 	{errNotFinal, matrix.FailProtocol},
+	{errFlood, matrix.FailProtocol},
+	{errManyFields, matrix.FailTooLarge},
 }
 
 // errnos are the failures of what the kernel reports.

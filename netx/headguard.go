@@ -15,10 +15,14 @@ type headGuard struct {
 	lines int
 	empty bool // nothing but CR has come since the last line feed, or since the beginning
 	done  bool // the head has ended
+
+	answers bool // they are heads of answers, of which interim ones are followed by others
+	column  int  // in the first line of such a head
+	interim bool // it is an interim one
 }
 
 // next expects another head.
-func (g *headGuard) next() { *g = headGuard{} }
+func (g *headGuard) next() { *g = headGuard{answers: g.answers} }
 
 // see looks at what was read. It returns errManyFields if the head has too many.
 func (g *headGuard) see(p []byte) error {
@@ -26,7 +30,12 @@ func (g *headGuard) see(p []byte) error {
 		return nil
 	}
 	for _, b := range p {
+		if g.column++; g.answers && g.column == len("HTTP/1.1 1") {
+			g.interim = b == '1'
+		}
 		switch {
+		case b == '\n' && g.empty && g.lines > 0 && g.interim:
+			g.column, g.interim, g.empty = 0, false, false // its lines count
 		case b == '\n' && g.empty && g.lines > 0:
 			g.done = true
 			return nil

@@ -31,7 +31,9 @@ type connector struct {
 type dialRequest struct {
 	route *Route
 	alpn  []string
-	http2 bool // set by the dial
+	http2 bool // set by the dial, as is wire
+	wire  *remoteWire
+	cc    *http.ClientConn // what was made of it
 }
 
 type dialRequestKey struct{}
@@ -45,7 +47,9 @@ func newConnector(d *dialer, maxHeaderBytes int64) *connector {
 				return nil, err
 			}
 			q.http2 = conn.ConnectionState().NegotiatedProtocol == "h2"
-			return conn, nil
+			top, wire := newRemoteWire(conn)
+			q.wire = wire
+			return top, nil
 		},
 		ForceAttemptHTTP2:      true, // it is off by default beside DialTLSContext
 		DisableCompression:     true,
@@ -74,22 +78,23 @@ func newConnector(d *dialer, maxHeaderBytes int64) *connector {
 
 // open makes a connection. Its errors are *Error.
 func (c *connector) open(ctx context.Context, r *Route, alpn []string) (*http.ClientConn, error) {
-	cc, _, err := c.openProtocol(ctx, r, alpn)
-	return cc, err
+	q, err := c.openProtocol(ctx, r, alpn)
+	return q.cc, err
 }
 
-func (c *connector) openProtocol(ctx context.Context, r *Route, alpn []string) (cc *http.ClientConn, http2 bool, err error) {
-	q := &dialRequest{route: r, alpn: alpn}
+// openProtocol makes a connection, and tells what it is like.
+func (c *connector) openProtocol(ctx context.Context, r *Route, alpn []string) (q *dialRequest, err error) {
+	q = &dialRequest{route: r, alpn: alpn}
 	// The address is for the dial function, which knows better.
-	cc, err = c.transport.NewClientConn(context.WithValue(ctx, dialRequestKey{}, q), "https", "remote:0")
+	q.cc, err = c.transport.NewClientConn(context.WithValue(ctx, dialRequestKey{}, q), "https", "remote:0")
 	if err != nil {
 		var known *Error
 		if !errors.As(err, &known) {
 			err = dialError(ctx, OpTLS, err) // HTTP/2's first frames
 		}
-		return nil, false, err
+		return q, err
 	}
-	return cc, q.http2, nil
+	return q, nil
 }
 
 // poolKey says which requests may share a connection: those to one server, as
@@ -119,6 +124,7 @@ type poolConn struct {
 	*http.ClientConn
 	key   poolKey
 	http2 bool
+	wire  *remoteWire // nil: nothing is measured
 
 	// Guarded by the pool's mutex.
 	active  int           // requests
@@ -158,8 +164,8 @@ func (p *pool) get(key poolKey) *poolConn {
 }
 
 // add takes in a new connection with a place reserved for one request.
-func (p *pool) add(cc *http.ClientConn, key poolKey, http2 bool) *poolConn {
-	c := &poolConn{ClientConn: cc, key: key, http2: http2, active: 1, pooled: true}
+func (p *pool) add(cc *http.ClientConn, key poolKey, http2 bool, wire *remoteWire) *poolConn {
+	c := &poolConn{ClientConn: cc, key: key, http2: http2, wire: wire, active: 1, pooled: true}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.conns[key] = append(p.conns[key], c)

@@ -315,7 +315,7 @@ func (u *Upstream) connect(ctx context.Context) (*poolConn, error) {
 	if err != nil {
 		return nil, dialError(ctx, OpConnect, err)
 	}
-	return u.pool.add(cc, poolKey{}, false), nil
+	return u.pool.add(cc, poolKey{}, false, nil), nil
 }
 
 // dial connects. A unix socket whose backlog is full, which Twisted's is at 50,
