@@ -117,6 +117,11 @@ func (s *Spool) prepareDir() error {
 	if err := os.Mkdir(s.dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
+	if fi, err := os.Lstat(s.dir); err != nil {
+		return err
+	} else if !fi.IsDir() {
+		return fmt.Errorf("%s is not a directory of its own, but %v", s.dir, fi.Mode().Type())
+	}
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
 		return err

@@ -104,7 +104,7 @@ const probeBytes = 32 << 10
 // of space.
 func noSpace(path string) bool {
 	name := path + ".probe"
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|syscall.O_NOFOLLOW, 0o600)
 	if err == nil {
 		_, err = f.Write(make([]byte, probeBytes))
 		err = errors.Join(err, f.Sync(), f.Close(), os.Remove(name))

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -39,7 +40,7 @@ func Open(ctx context.Context, opt Options) (*Store, error) {
 	if err := opt.check(); err != nil {
 		return nil, err
 	}
-	if err := makeDir(filepath.Dir(opt.Path)); err != nil {
+	if err := makeDir(filepath.Dir(opt.Path), opt.Logger); err != nil {
 		return nil, err
 	}
 	lock, err := lockFile(opt.Path)
@@ -47,6 +48,11 @@ func Open(ctx context.Context, opt Options) (*Store, error) {
 		return nil, err
 	}
 	w, err := openWriter(ctx, &opt)
+	spent := errors.Is(err, ErrFull) && os.Remove(reservePath(opt.Path)) == nil
+	if spent {
+		opt.Logger.Error("the disk is full: the store opens on what it has kept for that; free some space", "path", opt.Path, "error", err)
+		w, err = openWriter(ctx, &opt)
+	}
 	if err != nil {
 		lock.Close()
 		return nil, err
@@ -57,18 +63,39 @@ func Open(ctx context.Context, opt Options) (*Store, error) {
 		stopped: make(chan struct{}),
 	}
 	s.counters.set(w.totals())
+	s.reserveTried = time.Now()
+	s.reserved.Store(opt.Reserve && !spent && makeReserve(opt.Path) == nil)
 	s.start()
 	return s, nil
 }
 
-// makeDir creates the directory, for the owner only, if it is missing.
-func makeDir(dir string) error {
+// makeDir creates the directory, for the owner only, if it is missing. One that others
+// can look into, or the group can write to, is closed to them: it holds messages.
+func makeDir(dir string, log *slog.Logger) error {
 	switch err := os.Mkdir(dir, 0o700); {
 	case err == nil:
 		return syncDir(filepath.Dir(dir))
 	case !errors.Is(err, fs.ErrExist):
 		return fmt.Errorf("store: %w", err)
 	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	defer d.Close()
+	fi, err := d.Stat()
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	const open = 0o027
+	mode := fi.Mode().Perm()
+	if !fi.IsDir() || mode&open == 0 {
+		return nil // what is no directory is found out below
+	}
+	if err := d.Chmod(mode &^ open); err != nil {
+		return fmt.Errorf("store: %s has mode %04o, so that other users can read or change what fsbus keeps: chown it to the user who runs fsbus, or chmod %04o %s (%w)", dir, mode, mode&^open, dir, err)
+	}
+	log.Warn("data_dir was open to other users, and is not any more", "path", dir, "mode", fmt.Sprintf("%04o", mode), "now", fmt.Sprintf("%04o", mode&^open))
 	return nil
 }
 
@@ -248,11 +275,11 @@ func build(ctx context.Context, path string) error {
 // while this process has the file open in SQLite (closing a descriptor drops
 // the process's record locks); the lock file sees to that.
 func inspect(path string) error {
-	fi, err := os.Stat(path)
+	fi, err := os.Lstat(path)
 	if err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	if !fi.Mode().IsRegular() {
+	if !fi.Mode().IsRegular() { // a link may lead to what others own
 		return fmt.Errorf("store: %s: not a regular file", path)
 	}
 	f, err := os.Open(path)

@@ -58,6 +58,9 @@ type Options struct {
 	// directory above is not. SQLite adds files named Path-wal and Path-shm,
 	// the store Path.lock.
 	Path string
+	// Reserve keeps 1 MiB on the disk, in Path.reserve, for when it is full: see
+	// HasReserve. Default false.
+	Reserve bool
 	// ServerName is the homeserver's name, in which all is sent. It is stored, and
 	// Open returns ErrOtherServer where it is not the one that was stored before, to
 	// the letter, and something is pending. "" checks nothing and stores nothing.
@@ -196,6 +199,9 @@ type Store struct {
 	readerClosed bool
 	lookups      readers      // of what is looked up all the time
 	damaged      atomic.Int64 // rows left out
+
+	reserved     atomic.Bool // see HasReserve
+	reserveTried time.Time   // of the writer's goroutine alone
 
 	stopped  chan struct{} // closed when the writer's goroutine has ended
 	closeErr error         // valid from then on

@@ -8,6 +8,8 @@ import (
 	"runtime"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"fsbus/bus/matrix"
 )
@@ -95,6 +97,47 @@ func fillDisk(t *testing.T, dir string, rest int64) (name string) {
 		t.Fatal(err)
 	}
 	return name
+}
+
+// With a reserve a store opens on a full disk, and what frees space can be stored; the
+// reserve is made again when there is room.
+func TestAFullDiskAndAReserve(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := newTmpfs(t, "24m")
+		path := filepath.Join(dir, "data", "fsbus.db")
+		s := open(t, Options{Path: path, Reserve: true})
+		do(t, s, &Accept{Destination: "a.test", Items: []matrix.Item{{Kind: matrix.KindToDevice, Payload: []byte("{}")}}, Accepted: 1})
+		if !s.HasReserve() {
+			t.Fatal("no reserve is made")
+		}
+		closeStore(t, s)
+		ballast := fillDisk(t, dir, 0)
+		s = open(t, Options{Path: path, Reserve: true})
+		if s.HasReserve() {
+			t.Error("the reserve is not spent, and the disk is full")
+		}
+		drop := &Drop{Destination: "a.test", PDUs: true, Through: maxSeq}
+		if do(t, s, drop); drop.Result.Dropped.Sum().Items != 1 {
+			t.Errorf("%+v", drop.Result)
+		}
+		if err := os.Remove(ballast); err != nil {
+			t.Fatal(err)
+		}
+		put(t, s, up("soon.test"))
+		if s.HasReserve() {
+			t.Error("it is made at once, and again and again on a disk that stays full")
+		}
+		time.Sleep(reserveEach)
+		put(t, s, up("later.test"))
+		put(t, s, up("and.test")) // after the writer has made it
+		if !s.HasReserve() {
+			t.Error("it is not made again")
+		}
+		if !s.SpendReserve() || s.HasReserve() || s.SpendReserve() {
+			t.Error("it is not spent once")
+		}
+		closeStore(t, s)
+	})
 }
 
 func TestAFullDiskRefusesAndRecovers(t *testing.T) {

@@ -52,6 +52,9 @@ func (n *Node) health() string {
 	if why := n.trouble.reason(); why != "" {
 		return why
 	}
+	if n.store != nil && !n.store.HasReserve() {
+		return "the disk is full, or nearly: free some megabytes where data_dir is"
+	}
 	if why := n.takeover.reason(); why != "" {
 		return "the outbox stands still, transactions are carried through: " + why
 	}

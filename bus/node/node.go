@@ -267,7 +267,8 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 		}
 	}()
 	n.store, err = store.Open(ctx, store.Options{
-		Path: filepath.Join(cfg.DataDir, "fsbus.db"), ServerName: cfg.Homeserver.ServerName, Logger: log, Fault: h.fault,
+		Reserve: true,
+		Path:    filepath.Join(cfg.DataDir, "fsbus.db"), ServerName: cfg.Homeserver.ServerName, Logger: log, Fault: h.fault,
 		// A batch for each request and each queue, and for each worker, at
 		// worst. What waits is small: transactions lie in the spool.
 		QueueLen:   int(cfg.Front.MaxConnections) + int(cfg.Outbound.MaxHosts) + int(cfg.Outbound.Workers) + 16,

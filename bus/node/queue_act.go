@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -119,7 +120,12 @@ func (a *adminServer) known(ctx context.Context, q url.Values) (matrix.ServerNam
 func (a *adminServer) apply(ctx context.Context, ops ...store.OutboxOp) error {
 	ctx, cancel := patiently(context.WithoutCancel(ctx))
 	defer cancel()
-	return a.core.apply(ctx, ops...)
+	err := a.core.apply(ctx, ops...)
+	if errors.Is(err, store.ErrFull) && a.store.SpendReserve() {
+		a.log.Warn("the disk is full: what an admin has asked for is done with what was kept for that")
+		err = a.core.apply(ctx, ops...)
+	}
+	return err
 }
 
 // forgotten is the answer to POST /queue/forget.

@@ -323,6 +323,7 @@ func (c *queueCommand) drop(args []string) error {
 	edus := c.flags.Bool("edus", false, "the EDUs, but for those that are on their way")
 	all := c.flags.Bool("all", false, "everything, events as well")
 	yes := c.flags.Bool("yes", false, "do not ask")
+	nocopy := c.flags.Bool("nocopy", false, "keep no copy, as when the disk is full")
 	name, err := c.destination(args)
 	switch {
 	case err != nil:
@@ -361,18 +362,24 @@ func (c *queueCommand) drop(args []string) error {
 			return errors.New("nothing was dropped")
 		}
 	}
+	if *nocopy {
+		q.Set("copy", "no")
+	}
 	q.Set("through", strconv.FormatInt(p.Through, 10)) // what came since was not shown
 	var r dropResult
 	if err := c.post("/queue/drop", q, &r); err != nil {
 		return err
 	}
-	if r.File == "" {
+	if r.Written == 0 {
 		_, err := say(c.term.Out, "nothing was left to drop\n")
 		return err
 	}
 	say(c.term.Out, "dropped: %s, %s\n", count(r.Items, "item"), amount(r.Bytes, "bytes"))
 	if more := r.Written - r.Items; more > 0 {
 		say(c.term.Out, "%s of the copy went on its way meanwhile, or was replaced\n", count(more, "item"))
+	}
+	if r.File == "" {
+		return nil
 	}
 	_, err = say(c.term.Out, "a copy is in %s\n", r.File)
 	return err

@@ -33,6 +33,12 @@ type dropWanted struct {
 	name    matrix.ServerName
 	pdus    bool  // everything; otherwise EDUs only, but for those that are on their way
 	through int64 // the last item
+	nocopy  bool  // no copy is kept, for which a full disk has no room
+}
+
+// saveNothing goes through what would be saved.
+func saveNothing(_ string, write func(io.Writer) error) (string, error) {
+	return "", write(io.Discard)
 }
 
 func (a *adminServer) parseDrop(ctx context.Context, q url.Values) (dropWanted, error) {
@@ -40,7 +46,7 @@ func (a *adminServer) parseDrop(ctx context.Context, q url.Values) (dropWanted, 
 	if err != nil {
 		return dropWanted{}, err
 	}
-	w := dropWanted{name: name, through: math.MaxInt64}
+	w := dropWanted{name: name, through: math.MaxInt64, nocopy: q.Get("copy") == "no"}
 	switch what := q.Get("what"); what {
 	case "all":
 		w.pdus = true
@@ -125,7 +131,11 @@ func (a *adminServer) drop(ctx context.Context, q url.Values) (reply, error) {
 	}
 	result := dropResult{Destination: string(w.name), Kinds: []kindReport{}}
 	last := int64(0)
-	file, err := a.dropped.save(a.dropName(w.name), func(to io.Writer) error {
+	keep := a.dropped.save
+	if w.nocopy {
+		keep = saveNothing
+	}
+	file, err := keep(a.dropName(w.name), func(to io.Writer) error {
 		enc := newEncoder(to)
 		return w.load(ctx, a.store, func(it *store.PendingItem) error {
 			line := droppedItem{string(w.name), it.ID, it.Kind.String(), time.UnixMilli(it.Accepted).UTC(), it.Payload, nil}
@@ -138,15 +148,22 @@ func (a *adminServer) drop(ctx context.Context, q url.Values) (reply, error) {
 		})
 	})
 	if err != nil {
-		return nil, fmt.Errorf("nothing was dropped, since a copy could not be kept: %w", err)
+		return nil, fmt.Errorf("nothing was dropped, since a copy could not be kept (-nocopy keeps none): %w", err)
 	}
-	if file == "" { // nothing to drop
+	if result.Written == 0 { // nothing to drop
 		return writeJSON(result), nil
 	}
 	op := &store.Drop{Destination: w.name, PDUs: w.pdus, Through: last}
 	if err := a.apply(ctx, op); err != nil {
 		if errors.Is(err, store.ErrQueueFull) || errors.Is(err, store.ErrClosed) {
-			return nil, errors.Join(fmt.Errorf("nothing was dropped: %w", err), os.Remove(file))
+			err = fmt.Errorf("nothing was dropped: %w", err)
+			if file != "" {
+				err = errors.Join(err, os.Remove(file))
+			}
+			return nil, err
+		}
+		if file == "" {
+			return nil, fmt.Errorf("it is not known whether anything was dropped, look at the queue again: %w", err)
 		}
 		return nil, fmt.Errorf("it is not known whether anything was dropped, look at the queue again; a copy is in %s: %w", file, err)
 	}

@@ -198,11 +198,37 @@ func TestDropNothingWithoutACopy(t *testing.T) {
 			t.Errorf("%s: %v is done", tt.name, op)
 			return nil
 		}
-		a.fails("nothing was dropped, since a copy could not be kept: ", "drop", "a.test", "-all", "-yes")
+		a.fails("nothing was dropped, since a copy could not be kept (-nocopy keeps none): ", "drop", "a.test", "-all", "-yes")
 		a.fails(tt.want, "drop", "a.test", "-edus", "-yes")
 		if n := len(a.pending("a.test")); n != 6 || len(a.kept()) > 0 {
 			t.Errorf("%s: %d items are left of 6, and the files %v", tt.name, n, a.kept())
 		}
+	}
+}
+
+// On a full disk things are dropped without a copy, if an admin says so, and with the space
+// that is kept for it.
+func TestDropOnAFullDisk(t *testing.T) {
+	a := newAdminTest(t)
+	a.fillDrop("a.test")
+	a.server.dropped.create = func(string) (dropFile, error) { return nil, syscall.ENOSPC }
+	reserve := filepath.Join(a.dir, "fsbus.db.reserve")
+	if err := os.WriteFile(reserve, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tries := 0
+	a.before = func(store.OutboxOp) error {
+		if tries++; tries == 1 {
+			return store.ErrFull
+		}
+		if _, err := os.Stat(reserve); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the reserve is still there: %v", err)
+		}
+		return nil
+	}
+	out, _, err := a.run("drop", "a.test", "-all", "-yes", "-nocopy")
+	if err != nil || tries != 2 || len(a.pending("a.test")) > 0 || strings.Contains(out, "a copy is in") || !strings.Contains(out, "dropped: 5 items") {
+		t.Errorf("%d tries, %v: %s", tries, err, out)
 	}
 }
 
