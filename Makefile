@@ -7,7 +7,7 @@ BUILD   := CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)'
 RACE    := $(if $(shell command -v gcc || command -v cc),-race,)
 FUZZTIME ?= 30s
 
-.PHONY: build run demo test vet unit race fuzz bench hostile cross qemu crash sim clean
+.PHONY: build run demo test vet unit race synapse-module-test synapse-check synapse-trial fuzz bench hostile cross qemu crash sim clean
 
 build: ## ./fsbus for this machine
 	$(BUILD) -o fsbus .
@@ -18,7 +18,7 @@ run: build ## fsbus with the example configuration
 demo: ## fsbus before 500 simulated servers, a third of them dead: no root, no network, no homeserver
 	CGO_ENABLED=0 go run -trimpath ./scripts/demo
 
-test: vet unit cross ## everything that must pass: vet, also for 32 bit; all tests; the cross builds
+test: vet unit synapse-module-test cross ## everything that must pass: vet, also for 32 bit; all tests; the cross builds
 
 vet:
 	@test -z "$$(gofmt -l .)" || { echo 'gofmt would change:'; gofmt -l .; exit 1; }
@@ -30,6 +30,19 @@ unit:
 
 race: ## the tests under the race detector, ten times over
 	go test -race -shuffle=on -count=10 ./bus/... ./sched ./netx
+
+synapse-module-test: ## the Synapse module before a fake Synapse of each version that it knows
+	@if command -v python3 >/dev/null; then \
+	  cd scripts/synapse && PYTHONDONTWRITEBYTECODE=1 python3 -m unittest -q test_fsbus_handover; \
+	else \
+	  echo 'python3 is not there: the tests of the Synapse module are skipped'; \
+	fi
+
+synapse-check: ## whether the module would take over in the Synapse at SYNAPSE=/path/to/synapse (read, not run)
+	python3 scripts/synapse/check_versions.py $(SYNAPSE)
+
+synapse-trial: ## the module in the real Synapse of LAB=/path (a built copy of the lab, stopped), before a stub of fsbus
+	python3 scripts/synapse/trial.py $(LAB)
 
 fuzz: ## each fuzz target for FUZZTIME
 	@for p in $$(go list ./...); do \
