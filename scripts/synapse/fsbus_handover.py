@@ -486,7 +486,6 @@ class Fsbus:
 
     def _take_over(self) -> None:
         sender = self._sender
-        self._on = True
         sender._send_pdu = self._send_pdu
         sender.send_read_receipt = self._send_read_receipt
         if inspect.iscoroutinefunction(self._own_presence):
@@ -494,7 +493,13 @@ class Fsbus:
         else:
             sender.send_presence_to_destinations = self._send_presence_sync
         sender.send_edu = self._send_edu
+        self._on = True
         logger.info("fsbus: what goes to other servers is handed over")
+        try:
+            # What Synapse had not sent when it ended would otherwise wait for the next event.
+            sender.notify_new_events(sender.store.get_room_max_token())
+        except Exception as e:
+            logger.info("fsbus: what was under way goes with the next event: %s", e)
 
     # What every part needs.
 

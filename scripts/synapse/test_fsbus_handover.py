@@ -149,6 +149,7 @@ class World:
         self.own: List[tuple] = []  # what went Synapse's own way
         self.marks: Dict[str, Optional[int]] = {}
         self.keys: set = set()
+        self.poked: List[int] = []
         self.queries = 0
         self.hosts = {"a.org", "b.org", "hs"}
         self.tasks: List[Task] = []
@@ -181,6 +182,9 @@ class World:
             async def send_read_receipt(self, receipt):
                 world.own.append(("receipt", receipt.user_id))
 
+            def notify_new_events(self, max_token):
+                world.poked.append(max_token)
+
             def send_edu(self, edu, key):
                 world.own.append((edu.edu_type, edu.destination, edu.content))
 
@@ -201,6 +205,9 @@ class World:
         class TransactionWorkerStore:
             async def get_destination_last_successful_stream_ordering(self, destination):
                 return world.marks.get(destination)
+
+            def get_room_max_token(self):
+                return 7
 
             async def set_destination_last_successful_stream_ordering(self, destination,
                                                                       last_successful_stream_ordering):
@@ -353,6 +360,13 @@ class TakesOver(Case):
                 self.assertEqual(w.taken(), [("$1", ["a.org", "b.org"]), ("m.presence", ["a.org"])])
                 self.assertEqual((w.total.n, w.count.n), (2, 1))
                 w.close()
+
+    def test_what_was_under_way_is_sent(self):
+        self.assertEqual(self.world().poked, [7])
+        def changed(self): ...
+        w = self.world(sender={"notify_new_events": changed})
+        w.pdu()
+        self.assertEqual(w.taken(), [("$1", ["a.org", "b.org"])])
 
     def test_unknown(self):
         async def more(self, pdu, destinations, extra): ...

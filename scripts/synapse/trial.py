@@ -252,15 +252,7 @@ class Trial:
             self.start()
             self.wait_for_take_over(i + 2)
         # Each start hands over from the position in the database; an event at hand when it ended comes again.
-        t = until(lambda: set(ids) <= set(self.stub.events()), 15)
-        missing = [e for e in ids if e not in set(self.stub.events())]
-        if missing:
-            self.send(1, "after")
-            late = self.at_hs2(missing, 30)
-            self.says("kill -9 of Synapse, 3 times", late >= 0, "%d events of %d by the bus, %d by Synapse's own way"
-                      % (len(ids) - len(missing), len(ids), len(missing)))
-        else:
-            self.taken("kill -9 of Synapse, 3 times", ids, longest, repeats=True)
+        self.taken("kill -9 of Synapse, 3 times", ids, longest, repeats=True)
 
         self.stub.mode = "404"
         before = len(self.stub.seen)
