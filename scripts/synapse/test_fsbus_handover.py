@@ -3,11 +3,15 @@
 import inspect
 import json
 import logging
+import os
+import sqlite3
 import sys
+import tempfile
 import types
 import unittest
 from typing import Any, Dict, List, Optional
 
+import check_versions
 import fsbus_handover as fh
 
 logging.disable(logging.CRITICAL)
@@ -252,17 +256,16 @@ class World:
     def _hs(self, version, change):
         world = self
 
-        class Txn:
-            def execute(self, sql, args):
-                world.queries += 1
-                self.rows = [(a,) for a in args if a in world.keys]
-
-            def fetchall(self):
-                return self.rows
-
         class Pool:
             async def runInteraction(self, desc, f):
-                return f(Txn())
+                world.queries += 1
+                db = sqlite3.connect(":memory:")
+                db.execute("CREATE TABLE device_federation_outbox (destination TEXT)")
+                db.executemany("INSERT INTO device_federation_outbox VALUES (?)", [(k,) for k in world.keys] * 2)
+                try:
+                    return f(db.cursor())
+                finally:
+                    db.close()
 
         async def hosts(room):
             return set(world.hosts)
@@ -537,6 +540,14 @@ class Events(Case):
         self.assertEqual(w.queries, 1)
         self.assertEqual(w.own[1], ("pdu", "$2", ["keys.org", "new.org", "other.org", "pdus.org", "running.org"]))
 
+    def test_keys_of_many_servers(self):
+        w = self.world()
+        names = ["s%04d.org" % i for i in range(fh.SQL_NAMES * 2 + 1)]
+        w.keys = {names[0], names[-1], "elsewhere.org"}
+        w.pdu(to=names, type="m.room.encrypted")
+        self.assertEqual(w.own, [("pdu", "$1", [names[0], names[-1]])])
+        self.assertEqual(w.taken(), [("$1", names[1:-1])])
+
     def test_whitelist(self):
         w = self.world(whitelist={"a.org"})
         w.pdu()
@@ -690,6 +701,46 @@ class Volatile(Case):
         self.assertEqual([(e.key[0], e.value, sorted(e.to)) for e in g.take(9)],
                          [("k", 1, ["b"]), ("k", 2, ["a"]), ("l", 1, ["a"])])
         self.assertEqual((g.entries, g.pairs, g.bytes), (0, 0, 0))
+
+
+class Sources(unittest.TestCase):
+    """check_versions.py before sources that are made from the module's own tables."""
+
+    def write(self, folder: str, change: Dict[str, str]) -> None:
+        files: Dict[str, Dict[str, List[str]]] = {}
+        for module, cls, name, is_async, params in fh.KNOWN + fh.KNOWN_IF_THERE:
+            line = "%sdef %s(%s): ..." % ("async " if is_async else "", name, ", ".join(params))
+            line = change.get(name, line)
+            files.setdefault(module, {}).setdefault(cls, []).append(line)
+        sets = "; ".join("self.%s = 1" % a for a in fh.ATTRIBUTES)
+        files["synapse.federation.sender"]["FederationSender"].append("def __init__(self): " + sets)
+        queue = change.get("queue", "; ".join("self.%s = 1" % a for a in check_versions.QUEUE))
+        files["synapse.federation.sender.per_destination_queue"] = {
+            "PerDestinationQueue": ["def __init__(self): " + queue]}
+        for module, classes in files.items():
+            path = os.path.join(folder, *module.split("."))
+            path = os.path.join(path, "__init__.py") if module == "synapse.federation.sender" else path + ".py"
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as f:
+                for cls, lines in classes.items():
+                    f.write("class %s:\n" % cls if cls else "")
+                    f.write("".join(("    " if cls else "") + line + "\n" for line in lines))
+
+    def test_sources(self):
+        for change, why in (
+            ({}, []),
+            ({"serialize_and_filter_pdus": "pass"}, []),
+            ({"_send_pdu": "async def _send_pdu(self, pdu): ..."},
+             ["synapse.federation.sender.FederationSender._send_pdu(self, pdu)"]),
+            ({"send_edu": "async def send_edu(self, edu, key): ..."},
+             ["synapse.federation.sender.FederationSender.send_edu is async"]),
+            ({"make_deferred_yieldable": "pass"}, ["there is no synapse.logging.context.make_deferred_yieldable"]),
+            ({"queue": "self.other = 1"}, ["PerDestinationQueue has no %s" % a for a in check_versions.QUEUE]),
+        ):
+            with self.subTest(change=change), tempfile.TemporaryDirectory() as folder:
+                self.write(folder, change)
+                got = check_versions.unknown(os.path.join(folder, "synapse"))
+                self.assertEqual(got, why)
 
 
 if __name__ == "__main__":
