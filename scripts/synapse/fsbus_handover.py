@@ -114,13 +114,14 @@ class Gathered:
 
     def put(self, e: Entry) -> None:
         """Takes e; for its servers it replaces what its key had."""
-        kept = [e]
+        kept, servers = [e], e.to
         for old in self._keys.get(e.key, ()):
             self._count(old, -1)
             if old.value == e.value:
-                e.to |= old.to
+                old.to |= servers  # typing comes server by server: only what is new is copied
+                e.to = old.to
                 continue
-            old.to -= e.to
+            old.to -= servers
             if old.to:
                 self._count(old, 1)
                 kept.insert(len(kept) - 1, old)
