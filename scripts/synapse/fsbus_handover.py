@@ -61,6 +61,7 @@ ATTRIBUTES: Tuple[str, ...] = (
 WINDOW = 0.05  # seconds in which volatile things gather
 WAIT_MIN, WAIT_MAX = 0.1, 5.0  # seconds between two tries while the bus is away
 TYPING_LIVES_MS = 30_000  # receivers forget it then
+SAY_AGAIN_MS = 60_000  # between two warnings of one kind
 
 MAX_ENTRIES = 5_000  # volatile payloads that wait
 MAX_PAIRS = 200_000  # their destinations, added up
@@ -460,6 +461,7 @@ class Fsbus:
         self._gathered = Gathered()
         self._flushing = False
         self._away_since = 0
+        self._said_away = 0  # when
         self._said_dropped = (0, 0)  # how many, when
         self._marked: "OrderedDict[str, None]" = OrderedDict()
         self._reactor, self._clock = hs.get_reactor(), hs.get_clock()
@@ -542,13 +544,16 @@ class Fsbus:
             logger.warning("fsbus: from now on Synapse sends by itself, until its next start: %s", why)
 
     def _is_away(self, why: Away) -> None:
-        if not self._away_since:
-            self._away_since = self._clock.time_msec()
+        now = self._clock.time_msec()
+        self._away_since = self._away_since or now
+        if not self._said_away or now - self._said_away > SAY_AGAIN_MS:
+            self._said_away = now
             logger.warning("fsbus is away, events wait for it: %s", why)
 
     def _is_back(self) -> None:
         if self._away_since:
-            logger.info("fsbus is back after %.1f s", (self._clock.time_msec() - self._away_since) / 1000)
+            if self._said_away >= self._away_since:
+                logger.info("fsbus is back after %.1f s", (self._clock.time_msec() - self._away_since) / 1000)
             self._away_since = 0
 
     # Events.
@@ -729,7 +734,7 @@ class Fsbus:
             return
         self._gathered.put(Entry(key, value, to, size, self._clock.time_msec()))
         n, when = self._said_dropped
-        if self._gathered.dropped > n and self._clock.time_msec() - when > 60_000:
+        if self._gathered.dropped > n and self._clock.time_msec() - when > SAY_AGAIN_MS:
             logger.warning("fsbus: %d receipts, presence or typing notices are dropped: too many wait",
                            self._gathered.dropped - n)
             self._said_dropped = (self._gathered.dropped, self._clock.time_msec())

@@ -14,7 +14,25 @@ from typing import Any, Dict, List, Optional
 import check_versions
 import fsbus_handover as fh
 
-logging.disable(logging.CRITICAL)
+
+
+class Said(logging.Handler):
+    """The lines of the module's log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: List[str] = []
+
+    def emit(self, record):
+        self.lines.append("%s %s" % (record.levelname, record.getMessage()))
+
+    def warnings(self):
+        return [line for line in self.lines if not line.startswith(("INFO", "DEBUG"))]
+
+
+said = Said()
+fh.logger.addHandler(said)
+fh.logger.propagate = False
 
 
 class Deferred:
@@ -147,6 +165,7 @@ class World:
     """A Synapse of a version, as far as the module sees it."""
 
     def __init__(self, version=(1, 160), **change) -> None:
+        said.lines.clear()
         self.reactor, self.stub = Reactor(), Stub()
         if "hello" in change:
             self.stub.hello = change["hello"]
@@ -387,6 +406,7 @@ class TakesOver(Case):
                 w = self.world(**change)
                 self.assertFalse(self.patched(w))
                 self.assertEqual(w.stub.gets, [])
+                self.assertEqual(len(said.warnings()), int("sends" not in change))
                 w.close()
 
     def test_never_raises_at_load(self):
@@ -404,6 +424,7 @@ class TakesOver(Case):
                 w.reactor.advance(60)
                 self.assertFalse(self.patched(w))
                 self.assertEqual(len(w.stub.gets), 1)
+                self.assertEqual(len(said.warnings()), 1)
 
     def test_away_at_start(self):
         w = self.world(hello=OSError())
@@ -448,6 +469,12 @@ class Events(Case):
                 self.assertTrue(t.done and t.error is None)
                 self.assertEqual(w.taken(), [("$1", ["a.org", "b.org"])])
                 self.assertGreater(len(w.stub.gets), 1)
+                self.assertEqual(len(said.warnings()), 1)
+                for i in range(10):
+                    w.stub.answers = [why]
+                    w.pdu("$a%d" % i)
+                    w.reactor.advance(1)
+                self.assertEqual(len(said.warnings()), 1)  # one a minute
                 w.close()
 
     def test_off(self):
@@ -462,6 +489,7 @@ class Events(Case):
                 w.typing("@u:hs", True, ["a.org"])
                 w.reactor.advance(60)
                 self.assertEqual(len(w.stub.posts), 1)
+                self.assertEqual(len(said.warnings()), 1)
                 self.assertEqual([o[0] for o in w.own], ["pdu", "pdu", "presence", "receipt", "m.typing"])
                 w.close()
 
