@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"fsbus/bus/node"
+	"fsbus/scripts/synapse"
 )
 
 // version is set by the Makefile from git.
@@ -51,6 +52,7 @@ var commands = []command{
 	{"queue", "show and change what waits for other servers (queue -h: how)", queueCommand(node.Queue)},
 	{"explain", "say in words why what waits for a server does", queueCommand(node.Explain)},
 	{"synapse-config", "print the lines for homeserver.yaml", synapseCommand},
+	{"synapse-module", "print the module that has Synapse give each event once, install it, or say where", moduleCommand},
 	{"version", "print the version", versionCommand},
 }
 
@@ -263,6 +265,54 @@ func synapseCommand(fs *flag.FlagSet, args []string) int {
 		return exitFailed
 	}
 	io.WriteString(os.Stdout, lines)
+	return exitOK
+}
+
+// moduleWhere says where Synapse finds the module, by packaging.
+const moduleWhere = `Synapse must find fsbus_handover.py. Put it into a folder of its own, so that no update
+of Python or Synapse takes it away:
+
+  Debian, and the packages of matrix.org
+      fsbus synapse-module -install /etc/matrix-synapse/modules
+      and in /etc/default/matrix-synapse: PYTHONPATH=/etc/matrix-synapse/modules
+  Docker
+      fsbus synapse-module -install /some/folder, mount that folder read-only at
+      /modules, and set PYTHONPATH=/modules; mount the socket of fsbus, too
+  matrix-docker-ansible-deploy
+      mount it with matrix_synapse_container_additional_volumes into the folder that
+      matrix_synapse_in_container_python_packages_path names
+  ESS (Helm)
+      extraVolumes and extraVolumeMounts, and synapse.additional for the lines below
+  NixOS
+      services.matrix-synapse.plugins
+  YunoHost, or a virtual environment
+      a folder of its own, and PYTHONPATH in a drop-in of the systemd unit
+
+Then add the modules line that fsbus synapse-config prints, and restart Synapse. To take
+it out again, remove that line and restart. After an update of fsbus install it again;
+fsbus status says when it is old. A Synapse that it does not know it leaves as it is, and
+says so once in Synapse's log.
+`
+
+func moduleCommand(fs *flag.FlagSet, args []string) int {
+	install := fs.String("install", "", "write it into this `folder`, which is made if need be")
+	where := fs.Bool("where", false, "say where Synapse finds it, by packaging")
+	if code, done := parse(fs, args); done {
+		return code
+	}
+	switch {
+	case *where:
+		io.WriteString(os.Stdout, moduleWhere)
+	case *install != "":
+		path, err := synapse.Install(*install)
+		if err != nil {
+			fmt.Fprintln(stderr, "fsbus:", err)
+			return exitFailed
+		}
+		fmt.Printf("%s is written; fsbus synapse-module -where says what else Synapse needs\n", path)
+	default:
+		os.Stdout.Write(synapse.Module)
+	}
 	return exitOK
 }
 

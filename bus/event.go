@@ -176,6 +176,16 @@ type Accepted struct {
 	Backlog    Backlog                    // what is pending for the destination now
 }
 
+// HandedOver: the store has taken over what the homeserver has handed over for a
+// destination; or, without a Dest, its module has asked for the bus.
+type HandedOver struct {
+	Dest       matrix.ServerName
+	Kinds      [matrix.NumKinds + 1]int32 // the items that came
+	Merged     int32                      // those of them that took the place of others
+	Duplicates int32                      // those of them that were pending already
+	Backlog    Backlog                    // what is pending for the destination now
+}
+
 // AcceptFault says why a transaction was not stored.
 type AcceptFault uint8
 
@@ -273,6 +283,7 @@ func (Draining) event()     {}
 func (Tick) event()         {}
 func (Offered) event()      {}
 func (Accepted) event()     {}
+func (HandedOver) event()   {}
 func (Packed) event()       {}
 func (Settled) event()      {}
 func (Trimmed) event()      {}

@@ -186,6 +186,8 @@ func (m *Machine) Step(now sched.Time, ev Event, out []Effect) []Effect {
 		m.offered(ev)
 	case Accepted:
 		m.accepted(ev)
+	case HandedOver:
+		m.handedOver(ev)
 	case Packed:
 		m.packed(ev)
 	case Settled:

@@ -29,6 +29,9 @@ type outbox struct {
 	settles map[BatchID]*settling
 	trims   map[BatchID]*queue // nil: the sweep of all
 
+	handedAt sched.Time // when something was handed over last, or the module asked
+	hands    bool       // that has ever been
+
 	served    sched.Time // when a fetch of our keys last ended waits
 	unsettled int        // outcomes that the store could not note, and is asked to again
 
@@ -195,7 +198,11 @@ func (m *Machine) accepted(ev Accepted) {
 		of.txn.Away = h.Failures > 0 && !h.reachable
 		of.txn.Slow = h.took >= slow
 	}
-	o.pacer.Held(m.now, ev.Req, of.dest, of.txn)
+	if o.handsOver(m.now) {
+		o.pacer.Pass(m.now, ev.Req)
+	} else {
+		o.pacer.Held(m.now, ev.Req, of.dest, of.txn)
+	}
 	of.txn = PaceTxn{}
 }
 
@@ -467,6 +474,34 @@ func (m *Machine) wake(h *host) {
 		q.notBefore = 0
 	}
 	m.plan(q)
+}
+
+// handoverFor is for how long after a hand-over, or after the module asked, answers to
+// transactions are not held: what still comes as one is what events may have to wait for,
+// and holding it back makes the homeserver merge no more.
+const handoverFor = 5 * time.Minute
+
+// handedOver: the store has taken over what was handed over for a destination.
+func (m *Machine) handedOver(ev HandedOver) {
+	o := &m.outbox
+	o.handedAt, o.hands = m.now, true
+	if ev.Dest == "" { // the module has only asked
+		return
+	}
+	o.stats.Merged += int64(ev.Merged)
+	o.stats.Duplicates += int64(ev.Duplicates)
+	for k, n := range ev.Kinds {
+		o.stats.ItemsIn[k] += int64(n)
+	}
+	if came := (Backlog{Items: ev.Kinds}); came.durable() {
+		m.writtenTo(ev.Dest)
+	}
+	m.backlog(ev.Dest, ev.Backlog, ev.Kinds, 0)
+}
+
+// handsOver reports whether the homeserver hands over.
+func (o *outbox) handsOver(now sched.Time) bool {
+	return o.hands && now.Sub(o.handedAt) < handoverFor
 }
 
 // adjusted: an admin has changed what the store holds.

@@ -199,6 +199,13 @@ func (p *Pacer) Held(now sched.Time, req ReqID, dest matrix.ServerName, t PaceTx
 	p.enter(h, p.laneFor(now, d, t))
 }
 
+// Pass has an answer given at once.
+func (p *Pacer) Pass(now sched.Time, req ReqID) {
+	p.countArrival(now)
+	p.counts.Unheld++
+	p.free = append(p.free, req)
+}
+
 // learn notes who is in which room, and brings forward what an event that is
 // seen for the first time makes urgent.
 func (p *Pacer) learn(now sched.Time, d *paceDest, t PaceTxn) {

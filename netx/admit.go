@@ -75,7 +75,7 @@ func (f *Front) serve(c *coming) {
 		f.refuse(&Inbound{coming: c, conn: conn}, nil, errCut)
 		return
 	}
-	f.gate.read(c, headIsThere(conn))
+	f.gate.read(c, HeadIsThere(conn))
 	br := requestReaders.Get().(*requestReader)
 	defer br.release()
 	br.reset(conn, int64(f.cfg.MaxHeaderBytes), first[0])
@@ -99,6 +99,9 @@ func (f *Front) serve(c *coming) {
 	}
 	in.Header = make(http.Header, len(forwarded))
 	for _, k := range forwarded {
+		if in.Own { // its Authorization is the secret, and nobody gets it
+			break
+		}
 		if v := r.Header[k]; len(v) > 0 {
 			// The slices of r.Header share one array, which holds the secret.
 			in.Header[k] = append([]string(nil), v...)
@@ -171,10 +174,16 @@ func (f *Front) check(in *Inbound, r *http.Request) error {
 	}
 	var err error
 	in.Destination, in.Target, err = matrix.ParseFederationTarget(r.RequestURI)
+	secret := r.Header["Proxy-Authorization"]
+	if errors.Is(err, matrix.ErrNotFederation) && f.cfg.Own != nil {
+		if in.maxBody, in.Own = f.cfg.Own(r.Method, r.RequestURI); in.Own {
+			in.Target, err, secret = r.RequestURI, nil, r.Header["Authorization"]
+		}
+	}
 	if errors.Is(err, matrix.ErrNotFederation) {
 		return refuseScheme
 	}
-	right := f.authorized(r.Header["Proxy-Authorization"])
+	right := f.authorized(secret)
 	f.noteSecret(right, in.Received)
 	if !right {
 		return refuseSecret
@@ -231,7 +240,10 @@ func (in *Inbound) progress(_ int64, later time.Time) error {
 // readBody reads the body, if there is one, into the spool. After an error
 // nothing of it is left there.
 func (f *Front) readBody(in *Inbound, r *http.Request) error {
-	limit := f.cfg.MaxBody(in.Method, in.Target)
+	limit := in.maxBody
+	if !in.Own {
+		limit = f.cfg.MaxBody(in.Method, in.Target)
+	}
 	if r.ContentLength > limit {
 		return refuseSize
 	}

@@ -73,6 +73,11 @@ type FrontConfig struct {
 	// time. nil means 13,107,200 for all, as Synapse has it.
 	MaxBody func(method, target string) int64
 
+	// Own reports whether a request of the usual form, "/path", is for the bus itself,
+	// and how many bytes its body may have. Its secret stands in Authorization, as
+	// Synapse's replication has it. nil: there is none.
+	Own func(method, target string) (maxBody int64, ok bool)
+
 	// Spool takes the bodies.
 	Spool *Spool
 
@@ -110,7 +115,7 @@ type FrontConfig struct {
 //	400 M_UNKNOWN        the head is not well-formed HTTP
 //	431 M_TOO_LARGE      the head is over MaxHeaderBytes
 //	405 M_UNRECOGNIZED   the method is CONNECT
-//	404 M_UNRECOGNIZED   the target is not matrix-federation://...
+//	404 M_UNRECOGNIZED   the target is not matrix-federation://..., nor one of Own
 //	407 M_UNAUTHORIZED   Proxy-Authorization is not exactly the secret
 //	400 M_INVALID_PARAM  the target is malformed, or has no valid server name
 //	505 M_UNKNOWN        HTTP/1.0, which cannot tell a cut answer from a whole one

@@ -29,7 +29,8 @@ var ErrAnswered = errors.New("netx: the request has been answered")
 // The fields must not be changed.
 type Inbound struct {
 	ID          uint64            // counts up from 1 within one Front
-	Destination matrix.ServerName // the remote server
+	Destination matrix.ServerName // the remote server; "" if Own
+	Own         bool              // it is for the bus itself
 	Method      string
 	Target      string            // path and query, byte for byte as they arrived
 	Header      http.Header       // only what is forwarded: User-Agent, Authorization, Content-Type
@@ -39,6 +40,7 @@ type Inbound struct {
 	Received    time.Time         // when the header was complete
 
 	front    *Front
+	maxBody  int64 // if Own
 	conn     net.Conn
 	over     via
 	coming   *coming // nil once it is handed over

@@ -8,9 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// headIsThere reports whether what a connection has got so far has the end of a request's
+// HeadIsThere reports whether what a connection has got so far has the end of a request's
 // head in it. It takes nothing of it, and does not wait.
-func headIsThere(conn net.Conn) bool {
+func HeadIsThere(conn net.Conn) bool {
 	s, ok := conn.(syscall.Conn)
 	if !ok {
 		return true

@@ -4,5 +4,6 @@ package netx
 
 import "net"
 
-// headIsThere cannot be known here without a read.
-func headIsThere(net.Conn) bool { return true }
+// HeadIsThere reports that the head of a request is there: without a read that cannot be
+// known here.
+func HeadIsThere(net.Conn) bool { return true }

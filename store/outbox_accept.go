@@ -152,7 +152,9 @@ func (a *Accept) add(o *outbox, d *dest, items []matrix.Item) (int64, error) {
 			return 0, err
 		}
 	}
-	d.TxnID = a.TxnID
+	if a.TxnID != "" { // else it is none of the homeserver's transactions, of which the last is known
+		d.TxnID = a.TxnID
+	}
 	if err := o.save(d); err != nil {
 		return 0, err
 	}

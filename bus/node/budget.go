@@ -43,7 +43,10 @@ const (
 	// of well-known documents (netx.ClientConfig.WellKnownCache, 660 bytes
 	// each), of which there are as many as wellKnown.
 	resolverCost = 2*sched.MiB + wellKnown*660
-	wellKnown    = 3072
+	wellKnown    = 2688
+	// handoverCost is the names of the servers of sets, of which maxHandoverNames are
+	// remembered.
+	handoverCost = maxHandoverNames * 48 * sched.Bytes(1)
 	// queueCost is a server for which something is pending: what the core knows
 	// of it, its timer, its name, its place in the map.
 	queueCost = 400 * sched.Bytes(1)
@@ -152,6 +155,7 @@ func (c *Config) Budget() Budget {
 	add("answers known", "outbound.cache_entries", o.CacheEntries, answerCost)
 	add("keys being fetched", "", maxKeyWants, keyWantCost)
 	add("joins being looked into", "", scanners, scanCost)
+	add("servers handed over to", "", 1, handoverCost)
 	add("status page's connections", "", statusConns, statusCost)
 	if c.hasOutbox() {
 		// One that is being packed and one that is signed or taken apart.

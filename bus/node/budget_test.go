@@ -27,13 +27,14 @@ func TestBudgetTable(t *testing.T) {
   requests to other servers     100  88.0 KiB   8.6 MiB   outbound.workers
   idle connections               56  40.0 KiB   2.2 MiB   outbound.idle_connections
   servers remembered           5600     768 B   4.1 MiB   outbound.max_hosts
-  names and addresses             1   3.9 MiB   3.9 MiB
+  names and addresses             1   3.7 MiB   3.7 MiB
   TLS sessions                    1 1000.0 KiB   1.0 MiB
   bodies on their way             1   2.0 MiB   2.0 MiB   outbound.spool_memory
   answers kept                    1 256.0 KiB   0.2 MiB   outbound.cache
   answers known               10000      64 B   0.6 MiB   outbound.cache_entries
   keys being fetched           8000     100 B   0.8 MiB
   joins being looked into         1   1.0 MiB   1.0 MiB
+  servers handed over to          1 234.4 KiB   0.2 MiB
   status page's connections       6  32.0 KiB   0.2 MiB
   transactions being made         2   4.0 MiB   8.0 MiB   outbox.max_transaction_bytes
   servers with a queue         4500     400 B   1.7 MiB   outbox.max_destinations

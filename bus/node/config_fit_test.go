@@ -35,7 +35,7 @@ func TestDefaultsFitTheMemoryLimit(t *testing.T) {
 	for _, c := range []struct {
 		keys, edge bool
 		from, to   int64 // MiB; what is needed for all
-	}{{false, false, 28, 53}, {true, false, 33, 64}, {false, true, 43, 116}, {true, true, 48, 127}} {
+	}{{false, false, 28, 53}, {true, false, 33, 64}, {false, true, 43, 115}, {true, true, 48, 127}} {
 		var before []field
 		for mib := c.from; mib <= c.to+1; mib++ {
 			cfg := fitConfig(t, mib, c.keys, c.edge, "")

@@ -44,6 +44,10 @@ func (c *Config) SynapseConfig() (string, error) {
 		b.WriteString("# worker_replication_secret: the text that is secret in [front] of the\n" +
 			"# configuration of fsbus, which is not shown here.\n")
 	}
+	if c.hasOutbox() {
+		b.WriteString("# With the module (fsbus synapse-module -where) Synapse gives each event once:\n" +
+			"#modules:\n#  - {module: fsbus_handover.Fsbus, config: {}}\n")
+	}
 	c.edgeListener(&b)
 	if !c.Keys.Notary {
 		return b.String(), nil

@@ -19,8 +19,7 @@ func TestTheStatusHasFewConnections(t *testing.T) {
 	const most = 4
 	ln := newCrowdListener(inner, most)
 	release, started := make(chan struct{}), make(chan struct{})
-	s := &http.Server{ConnState: crowdState, ConnContext: crowdContext, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		answering(r)
+	s := &http.Server{ConnState: crowdState, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/slow" {
 			started <- struct{}{}
 			<-release

@@ -11,6 +11,10 @@ import (
 // ingest hands a parked request to the core. It runs on the connection's
 // goroutine.
 func (n *Node) ingest(in *netx.Inbound) {
+	if in.Own {
+		n.handover.serve(in)
+		return
+	}
 	ep := matrix.Match(in.Method, in.Target)
 	n.endpoints.count(ep.Name)
 	class := ep.Class

@@ -133,6 +133,7 @@ func writeMetrics(w io.Writer, r *Report) error {
 	e.joins(&r.Joins, &r.Keys)
 
 	e.outbox(r.Outbox)
+	e.handover(r.Handover)
 
 	e.edge(r.Edge)
 

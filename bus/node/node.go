@@ -76,6 +76,7 @@ type Node struct {
 	errands    map[bus.OpID]*errand
 
 	bulk      bulk
+	handover  *handover
 	takeover  *takeover  // nil: there is no outbox
 	notary    *notary    // nil: the bus is none
 	edge      *edgeShell // nil: other servers do not connect to the bus
@@ -300,7 +301,9 @@ func assemble(ctx context.Context, cfg *Config, version string, log *slog.Logger
 	if n.client, err = newClient(cfg, n.userAgent); err != nil {
 		return nil, err
 	}
+	n.handover = newHandover(n)
 	n.front = netx.NewFront(netx.FrontConfig{
+		Own:    n.handover.own,
 		Secret: cfg.Front.secret, MaxConns: int(cfg.Front.MaxConnections), MaxReading: int(cfg.Front.MaxReading),
 		MaxBody: func(method, target string) int64 {
 			if ep := matrix.Match(method, target); ep.MaxRequest != matrix.MaxRequestBody {

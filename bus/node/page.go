@@ -58,6 +58,13 @@ func writePage(w io.Writer, r *Report) error {
 	p.end()
 
 	p.outbox(r.Outbox)
+	if h := r.Handover; h != nil {
+		p.f(`<p class="dim">%s.`, esc(h.Text))
+		if h.Last != nil {
+			p.f(` Synapse %s, %d events and %d EDUs for %d servers each time added up; %d refused, %d transactions with events made beside it.`, esc(h.Synapse), h.Events, h.EDUs, h.Pairs, h.Refused, h.Sends)
+		}
+		p.WriteString("</p>")
+	}
 	p.edge(r.Edge)
 	p.joins(&r.Joins, &r.Keys)
 

@@ -83,6 +83,12 @@ func writeTable(w io.Writer, r *Report) error {
 		}
 	}
 	r.Outbox.table(t)
+	if h := r.Handover; h != nil {
+		say(t, "\nHAND-OVER\t%s\n", h.Text)
+		if h.Last != nil {
+			say(t, "Synapse\t%s\nevents\t%d\nEDUs\t%d\nfor servers, added up\t%d\nrefused\t%d\ntransactions beside it\t%d\n", h.Synapse, h.Events, h.EDUs, h.Pairs, h.Refused, h.Sends)
+		}
+	}
 	r.Edge.table(t)
 	for i := range r.Joins.Joins {
 		j := &r.Joins.Joins[i]

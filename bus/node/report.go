@@ -32,9 +32,10 @@ type Report struct {
 	Keys          KeysReport       `json:"keys"`
 	Joins         JoinsReport      `json:"joins"`
 	Store         StoreReport      `json:"store"`
-	Outbox        *OutboxReport    `json:"outbox,omitempty"` // none without signing_key_path
-	Edge          *EdgeReport      `json:"edge,omitempty"`   // none without edge.listen
-	Endpoints     []CountReport    `json:"endpoints"`        // requests so far, by endpoint
+	Outbox        *OutboxReport    `json:"outbox,omitempty"`   // none without signing_key_path
+	Handover      *HandoverReport  `json:"handover,omitempty"` // none without signing_key_path
+	Edge          *EdgeReport      `json:"edge,omitempty"`     // none without edge.listen
+	Endpoints     []CountReport    `json:"endpoints"`          // requests so far, by endpoint
 	RateLimits    RateLimits       `json:"rate_limits"`
 }
 
@@ -188,6 +189,7 @@ func (n *Node) Report(ctx context.Context) (*Report, error) {
 		Hosts:      hostsReport(&snap),
 		Store:      storeReport(db),
 		Outbox:     n.outboxReport(&outbox, db.Outbox.Aside),
+		Handover:   n.handover.report(time.Now()),
 		Caches: []CacheReport{
 			{"answers in memory", int64(snap.Cache.Entries), st.CacheHits + st.CacheStale, st.Attempts},
 			{"answers in the database", int64(snap.Known), st.Loads, st.Attempts},

@@ -43,7 +43,7 @@ func (n *Node) statusServer() *http.Server {
 		writePage(w, r)
 	}))
 	return &http.Server{
-		Handler: n.guardStatus(mux), ConnState: crowdState, ConnContext: crowdContext, ErrorLog: slog.NewLogLogger(n.log.Handler(), slog.LevelDebug),
+		Handler: n.guardStatus(mux), ConnState: crowdState, ErrorLog: slog.NewLogLogger(n.log.Handler(), slog.LevelDebug),
 		ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: 30 * time.Second, MaxHeaderBytes: 2 << 10,
 	}
 }
@@ -52,7 +52,6 @@ func (n *Node) statusServer() *http.Server {
 // answer that it is for nobody else.
 func (n *Node) guardStatus(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		answering(r)
 		h := w.Header()
 		h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 		h.Set("X-Content-Type-Options", "nosniff")

@@ -174,6 +174,9 @@ func (n *Node) offer(in *netx.Inbound) bool {
 	ev, name, err := t.take(in)
 	switch {
 	case err == nil:
+		if ev.Class == matrix.ClassEvent {
+			n.handover.sent()
+		}
 		n.loop.Post(event{in: in, txn: name, Event: ev})
 		return true
 	case errors.Is(err, errNotTaken):
