@@ -362,7 +362,7 @@ func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, 
 	}
 	conn.wire.request()
 	resp, err := conn.RoundTrip(req)
-	if err == nil && resp.StatusCode < http.StatusOK { // nobody asked for 101, and 099 is none
+	if err == nil && (resp.StatusCode < http.StatusOK || resp.StatusCode > 999) { // nobody asked for 101, and the others are none
 		_ = resp.Body.Close()
 		err = errNotFinal
 	}

@@ -61,7 +61,7 @@ var (
 	errNoAddress = errors.New("the name has no address")
 	errNoService = errors.New("the SRV record says that there is no service")
 	errStalled   = errors.New("the answer stalled")
-	errNotFinal  = errors.New("answered with a status below 200 and no other")
+	errNotFinal  = errors.New("answered with a status that is none, and no other")
 	errOwnLimit  = errors.New("our own limit was not free in time")
 	errClock     = errors.New("this machine's clock seems to be wrong, so that no certificate can be checked")
 )

@@ -44,21 +44,23 @@ func makeReserve(path string) error {
 }
 
 // HasReserve reports whether some space is kept for when the disk is full. It is not if
-// the disk is full, or nearly.
-func (s *Store) HasReserve() bool { return !s.opt.Reserve || s.reserved.Load() }
+// the disk is full, or nearly. If it is missing it is made, when there is room again.
+func (s *Store) HasReserve() bool {
+	if !s.opt.Reserve || s.reserved.Load() {
+		return true
+	}
+	s.reserving.Lock()
+	defer s.reserving.Unlock()
+	if now := time.Now(); now.Sub(s.reserveTried) >= reserveEach {
+		s.reserveTried = now
+		s.reserved.Store(makeReserve(s.opt.Path) == nil)
+	}
+	return s.reserved.Load()
+}
 
 // SpendReserve gives up the space that is kept for when the disk is full. It reports
 // whether there was some.
 func (s *Store) SpendReserve() bool {
 	s.reserved.Store(false)
 	return os.Remove(reservePath(s.opt.Path)) == nil
-}
-
-// keepReserve makes the reserve if it is missing, and has been for a while.
-func (s *Store) keepReserve(now time.Time) {
-	if s.HasReserve() || now.Sub(s.reserveTried) < reserveEach {
-		return
-	}
-	s.reserveTried = now
-	s.reserved.Store(makeReserve(s.opt.Path) == nil)
 }

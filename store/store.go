@@ -201,7 +201,8 @@ type Store struct {
 	damaged      atomic.Int64 // rows left out
 
 	reserved     atomic.Bool // see HasReserve
-	reserveTried time.Time   // of the writer's goroutine alone
+	reserving    sync.Mutex  // guards reserveTried
+	reserveTried time.Time
 
 	stopped  chan struct{} // closed when the writer's goroutine has ended
 	closeErr error         // valid from then on

@@ -129,7 +129,6 @@ func (s *Store) write() {
 			j.done(errs[i])
 		}
 		clear(group)
-		s.keepReserve(last)
 	}
 	for _, j := range s.queue.rest() {
 		j.done(ErrClosed)

@@ -98,11 +98,15 @@ func (a *ACL) Allows(n matrix.ServerName) bool {
 }
 
 func (p *patterns) match(s string) bool {
-	if p.exact[canonical(s)] {
+	c := canonical(s)
+	if p.exact[c] {
 		return true
 	}
+	if strings.Contains(c, ":") { // an IPv6 address, which a name has in brackets
+		c = "[" + c + "]"
+	}
 	for _, g := range p.globs {
-		if glob(g, s) {
+		if glob(g, s) || glob(g, c) {
 			return true
 		}
 	}

@@ -1571,6 +1571,8 @@ func TestACL(t *testing.T) {
 		{[]string{"[2001:db8::1]"}, nil, true, "[2001:DB8:0:0::1]", false},
 		{[]string{"192.0.2.1"}, nil, true, "[::ffff:192.0.2.1]", false},
 		{[]string{"192.0.2.1"}, nil, true, "192.0.2.2", true},
+		{[]string{"192.0.2.*"}, nil, true, "[::ffff:192.0.2.5]", false},
+		{[]string{"[2001:db8::*"}, nil, true, "[2001:DB8:0::5]:8448", false},
 		{nil, []string{"2001:db8::1"}, true, "[2001:db8::1]", true},
 		{[]string{"Evil.test."}, nil, false, "evil.TEST", false},
 	} {

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"fsbus/bus/matrix"
 	"fsbus/scripts/fedsim/sim"
@@ -186,6 +187,52 @@ func TestHandoversThatAreNotTaken(t *testing.T) {
 	if plain.report().Handover != nil {
 		t.Error("there is a hand-over without an outbox")
 	}
+}
+
+// A large event for many servers is in memory, and on disk, once.
+func TestALargeEventForManyServers(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 1})
+	r := startWith(t, w, withOutbox(t, quick))
+	m := r.module()
+	var names []string
+	for i := range 3000 {
+		names = append(names, fmt.Sprintf("127.9.%d.%d:1", i/200, i%200)) // which are not dialled
+	}
+	id, text := set(names...)
+	event := us.Message("alice", "!r:us.test", strings.Repeat("x", 60_000), 1, time.Now())
+	if status, got := m.do("POST", "", handoverBody(text, pduItem(event, id))); status != 200 || len(got["refused"].(map[string]any)) > 0 {
+		t.Fatalf("%d %v", status, got)
+	}
+	if h := r.report().Handover; h.Pairs != 3000 {
+		t.Errorf("%+v", h)
+	}
+	if s := r.node.store.Stats(); s.Outbox.Items != 3000 || s.FileBytes+s.WALBytes > 16<<20 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// A server whose queue is full is named, and the others get theirs.
+func TestHandedOverToAFullQueue(t *testing.T) {
+	w := federation(t, sim.Config{Servers: 3})
+	if err := w.SetKind(0, sim.Dead); err != nil {
+		t.Fatal(err)
+	}
+	r := startWith(t, w, withOutbox(t, quick+"max_destination_items = 100\n"))
+	m := r.module()
+	full, fullText := set(string(w.Names()[0]))
+	all, allText := set(string(w.Names()[0]), string(w.Names()[1]), string(w.Names()[2]))
+	var items []string
+	for i := range 100 {
+		items = append(items, pduItem(message(i), full))
+	}
+	if status, got := m.do("POST", "", handoverBody(fullText, items...)); status != 200 || len(got["refused"].(map[string]any)) > 0 {
+		t.Fatalf("%d %v", status, got)
+	}
+	status, got := m.do("POST", "", handoverBody(allText, pduItem(message(100), all)))
+	if want := fmt.Sprintf("map[%s:full]", w.Names()[0]); status != 200 || fmt.Sprint(got["refused"]) != want {
+		t.Errorf("%d %v, want %s", status, got, want)
+	}
+	r.until("the others to have theirs", func() bool { return w.Stats().Transactions.PDUs == 2 })
 }
 
 // Sets are remembered within bounds, those that were used last.
