@@ -35,6 +35,13 @@ func PrintStatus(ctx context.Context, w io.Writer, address string, asJSON bool) 
 		return err
 	}
 	resp, err := c.Do(req)
+	// When many connect at once, one may be closed for another before its request is seen.
+	for range 9 {
+		if op, _ := errors.AsType[*net.OpError](err); err == nil || ctx.Err() != nil || op != nil && op.Op == "dial" {
+			break
+		}
+		resp, err = c.Do(req)
+	}
 	if err != nil {
 		return fmt.Errorf("no fsbus answers at %s: %w", address, errors.Unwrap(err))
 	}

@@ -28,7 +28,8 @@ const (
 type siege struct {
 	each      time.Duration // how long each lasts
 	addresses []int         // from how many, one after the other
-	patience  time.Duration // the bound for what is sent in earnest, p99
+	patience  time.Duration // the bound for what is sent in earnest, p99; 0: there is none
+	attacks   []attack
 }
 
 // attack is what one hostile connection does, again and again until ctx ends. It
@@ -52,8 +53,11 @@ var attacks = []attack{
 	{"silent local connections", 600, silentFront},
 	{"slow local heads", 600, slowFront},
 	{"local requests without the secret", 600, secretlessFront},
-	{"silent connections to the status page", 800, silentStatus},
+	{statusAttack, 800, silentStatus},
 }
+
+// statusAttack is the one on the page that shows what is measured.
+const statusAttack = "silent connections to the status page"
 
 // hostileField is a field that is attacked.
 type hostileField struct {
@@ -64,7 +68,7 @@ type hostileField struct {
 // hostile measures what is noticed of each attack, from one address and from sixteen,
 // and of all together.
 func hostile(ctx context.Context, b *bench) error {
-	return b.hostile(ctx, siege{each: 4 * time.Second, addresses: []int{1, 16}, patience: time.Second})
+	return b.hostile(ctx, siege{each: 4 * time.Second, addresses: []int{1, 16}, patience: time.Second, attacks: attacks})
 }
 
 func (b *bench) hostile(ctx context.Context, how siege) (err error) {
@@ -85,13 +89,13 @@ func (b *bench) hostile(ctx context.Context, how siege) (err error) {
 	b.notice("quiet", &quiet, 0)
 	watched := f.watch(ctx, nil)
 	for _, addresses := range how.addresses {
-		for _, a := range attacks {
+		for _, a := range how.attacks {
 			if err := h.attack(ctx, b, fmt.Sprintf("%s from %d", a.name, addresses), how, addresses, a); err != nil {
 				return err
 			}
 		}
 	}
-	if err := h.attack(ctx, b, "all at once from 16", how, 16, attacks...); err != nil {
+	if err := h.attack(ctx, b, "all at once from 16", how, 16, how.attacks...); err != nil {
 		return err
 	}
 	peaks, err := watched()

@@ -8,8 +8,9 @@ import (
 	"fsbus/scripts/rig"
 )
 
-// All attacks for a short time, from sixteen addresses: nothing passes its budget, and
-// what is sent in earnest is answered. make hostile measures how soon.
+// The attacks for a short time, from sixteen addresses: nothing passes its budget. What
+// others notice make hostile measures: the race detector makes this process, which is both
+// the attackers and the others, too slow for that.
 func TestHostile(t *testing.T) {
 	if err := rig.NeedFiles(8000); err != nil {
 		t.Fatal(err)
@@ -22,7 +23,17 @@ func TestHostile(t *testing.T) {
 	}
 	b.fsbus = []string{binary}
 	b.result.begin("hostile")
-	if err := b.hostile(t.Context(), siege{each: time.Second, addresses: []int{16}, patience: 10 * time.Second}); err != nil {
+	// The status page is what is measured with.
+	var list []attack
+	for _, a := range attacks {
+		if a.name != statusAttack {
+			list = append(list, a)
+		}
+	}
+	if len(list) != len(attacks)-1 {
+		t.Fatal("the attack on the status page has another name")
+	}
+	if err := b.hostile(t.Context(), siege{each: time.Second, addresses: []int{16}, attacks: list}); err != nil {
 		t.Fatal(err)
 	}
 	if b.result.missed() > 0 {
