@@ -54,7 +54,8 @@ type ClientConfig struct {
 	// BodyTimeout is how long a Read of an answer's body waits for its next
 	// byte. Default 60 s, which is Synapse's.
 	BodyTimeout time.Duration
-	// MaxHeaderBytes bounds an answer's header. Default 64 KiB.
+	// MaxHeaderBytes bounds an answer's header, which besides has 128 fields at most.
+	// HTTP/2 counts 32 bytes more for each field. Default 32 KiB.
 	MaxHeaderBytes int64
 
 	// SessionBytes is how many bytes the TLS sessions take that are remembered, at about
@@ -137,7 +138,7 @@ func NewClient(c ClientConfig) *Client {
 		c.MaxIdlePerHost = 2
 	}
 	if c.MaxHeaderBytes <= 0 {
-		c.MaxHeaderBytes = 64 << 10
+		c.MaxHeaderBytes = 32 << 10
 	}
 	setDefault(&c.IdleTimeout, 55*time.Second)
 	setDefault(&c.ConnectTimeout, 5*time.Second)
@@ -350,7 +351,8 @@ func (c *Client) connect(ctx context.Context, route *Route, key poolKey) (*poolC
 }
 
 // send sends req on conn, which has a place reserved for it. again reports
-// that it failed before the remote said anything, with ctx and body unharmed.
+// that it failed before the remote said anything, with ctx and body unharmed, and
+// not of a flood, which another connection would only bring again.
 func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, body *requestBody) (resp *http.Response, again bool, failed *Error) {
 	var answered atomic.Bool
 	sendCtx, cancel := context.WithCancelCause(ctx)
@@ -366,6 +368,11 @@ func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, 
 		_ = resp.Body.Close()
 		err = errNotFinal
 	}
+	if err == nil {
+		if err = checkFields(resp.Header); err != nil {
+			_ = resp.Body.Close()
+		}
+	}
 	if err != nil {
 		cancel(nil)
 		e := sentError(ctx, err, answered.Load())
@@ -377,7 +384,7 @@ func (x *exchange) send(ctx context.Context, conn *poolConn, req *http.Request, 
 		// on which no answer came is suspect: a remote that went away leaves it
 		// looking sound.
 		x.pool.put(conn, conn.http2 && e.Failure == matrix.FailLocal)
-		again = !answered.Load() && ctx.Err() == nil && e.Failure != matrix.FailLocal
+		again = !answered.Load() && ctx.Err() == nil && e.Failure != matrix.FailLocal && !errors.Is(err, errFlood)
 		return nil, again, e
 	}
 	resp.Body = newAnswerBody(ctx, sendCtx, cancel, conn.wire.measured(resp.Body), x.bodyTimeout, func(err error) {

@@ -437,6 +437,13 @@ func (c *countedConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
+func (c *countedConn) Write(p []byte) (int, error) {
+	if flood := c.meter.wrote(len(p)); flood != nil {
+		return 0, flood
+	}
+	return c.Conn.Write(p)
+}
+
 func (c *countedConn) Close() error {
 	c.once.Do(func() { c.open.Add(-1) })
 	return c.Conn.Close()

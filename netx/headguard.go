@@ -7,7 +7,7 @@ import "errors"
 // bytes for a field beside what it says, so that 20 KiB of empty ones would take 800 KiB.
 const maxFields = 128
 
-var errManyFields = errors.New("the request's head has too many fields")
+var errManyFields = errors.New("the head has too many fields")
 
 // A headGuard counts the lines of HTTP/1's heads as they are read. The zero value is
 // ready for the first one.

@@ -5,54 +5,73 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/http"
 	"sync"
-	"sync/atomic"
 )
 
 // A server may send more than its answers: empty frames, headers of frames that nobody
 // has asked for, chunks of one byte, heads of tiny fields. net/http reads all of it for as
 // long as the request may take, 15 minutes for a join. So what comes over the wire is
 // measured against what has been read as answers.
+//
+// Frames cannot be counted: net/http speaks HTTP/2 over a *tls.Conn and nothing around it.
+// What costs most are frames that net/http answers, PING and SETTINGS, with a write each, so
+// small writes count too.
 const (
-	// wireBase is what may come beside answers on a connection, in bytes: as frames of
-	// nothing some 100 ms of a board's processor.
+	// wireBase is what may come beside answers on a connection, in bytes. As empty frames
+	// that is half a million, or a tenth of a second of a fast core.
 	wireBase = 4 << 20
-	// wirePerRequest is what each request adds to that: a head of the largest size.
+	// wirePerRequest is what each request takes off what has come: a head of the largest
+	// size, and what was under way of an answer that was given up.
 	wirePerRequest = 256 << 10
-	// wirePerByte is what each byte of a body may take on the wire. Frames of 100 bytes take
-	// a third more than what is in them.
+	// wirePerByte is what each byte of a body takes off. Frames of 100 bytes take a third
+	// more than what is in them.
 	wirePerByte = 2
+	// wirePerWrite is what a write of less than smallWrite bytes counts for. An answer to a
+	// PING has 39, a request more than smallWrite. For a large body net/http writes a few
+	// for each 4 KiB, to widen the window.
+	wirePerWrite = 512
+	smallWrite   = 128
 )
 
 // errFlood ends a connection on which much more has come than answers.
 var errFlood = errors.New("the server sends much besides its answers")
 
-// meter measures what comes over one connection.
+// meter measures what comes over one connection. The zero value is ready; a nil one measures
+// nothing.
 type meter struct {
-	read    atomic.Int64
-	allowed atomic.Int64 // beyond wireBase
+	mu     sync.Mutex
+	excess int64 // bytes that no answer explains; never negative, so that nothing is saved up
 }
 
 // saw notes n bytes from the wire.
-func (m *meter) saw(n int) error {
-	if m.read.Add(int64(n)) > wireBase+m.allowed.Load() {
+func (m *meter) saw(n int) error { return m.add(int64(n)) }
+
+// wrote notes a write of n bytes.
+func (m *meter) wrote(n int) error {
+	if n >= smallWrite {
+		return nil
+	}
+	return m.add(wirePerWrite)
+}
+
+// request notes a request.
+func (m *meter) request() { _ = m.add(-wirePerRequest) }
+
+// body notes n bytes of an answer that were read.
+func (m *meter) body(n int) { _ = m.add(-wirePerByte * int64(n)) }
+
+func (m *meter) add(n int64) error {
+	if m == nil {
+		return nil
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.excess = max(0, m.excess+n)
+	if m.excess > wireBase {
 		return errFlood
 	}
 	return nil
-}
-
-// request notes a request, and body n bytes of an answer that were read. nil measures
-// nothing.
-func (m *meter) request() {
-	if m != nil {
-		m.allowed.Add(wirePerRequest)
-	}
-}
-
-func (m *meter) body(n int) {
-	if m != nil {
-		m.allowed.Add(wirePerByte * int64(n))
-	}
 }
 
 // remoteWire is what is measured of a connection to a server.
@@ -98,7 +117,7 @@ func newRemoteWire(conn *tls.Conn) (net.Conn, *remoteWire) {
 		w.meter = &c.meter
 	}
 	if conn.ConnectionState().NegotiatedProtocol == "h2" {
-		return conn, w // which bounds heads by their fields itself
+		return conn, w // of which checkFields sees the heads
 	}
 	w.heads = &answerConn{Conn: conn, guard: headGuard{answers: true}}
 	return w.heads, w
@@ -125,4 +144,17 @@ func (c *answerConn) Read(p []byte) (int, error) {
 		return 0, many
 	}
 	return n, err
+}
+
+// checkFields refuses an answer of more than maxFields fields, which may hold them for as long
+// as its body lasts. Over HTTP/1 answerConn has counted the lines.
+func checkFields(h http.Header) error {
+	n := 0
+	for _, values := range h {
+		n += len(values)
+	}
+	if n > maxFields {
+		return errManyFields
+	}
+	return nil
 }
